@@ -1,0 +1,168 @@
+"""The mixture of pretrained and task weights, ``W_eff = A * W + (1 - A) * W0``, and the gate A."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from agwm_jax.core.partition import Partition, Structure
+from agwm_jax.core.types import Alpha, Batch, LossFn, LowRank, Params, Problem, Scalar
+from agwm_jax.errors import AgwmError
+
+Complement = Literal["convex", "factored"]
+
+
+def init_alpha(
+    key: PRNGKeyArray, partition: Partition, *, rank: int | Literal["full"] = 1, noise: float = 0.005
+) -> Alpha:
+    """Draw the gate of every mixed weight near 1, so that training starts as ordinary fine-tuning.
+
+    Factors are drawn from N(1, noise) and projected to [0, 1] (arXiv 2403.12918).
+
+    Args:
+        key: PRNG key.
+        partition: of the model; a mixed weight ``[*l, d_in, d_out]`` gets ``left [*l, d_in, r]``, ``right [*l, r, d_out]``.
+        rank: r, 1 or more, or ``"full"``: alpha is then the matrix A itself.
+        noise: standard deviation of the start; 0 starts at exactly A = 1.
+
+    Raises:
+        AgwmError: a rank below 1 or a negative noise.
+    """
+    if rank != "full" and (not isinstance(rank, int) or rank < 1):
+        raise AgwmError(f"rank = {rank!r}: expected an integer of 1 or more, or 'full'.")
+    if noise < 0:
+        raise AgwmError(f"noise = {noise}: expected a standard deviation of 0 or more.")
+
+    def near_one(key, shape, dtype):
+        return 1 + noise * jax.random.normal(key, shape, dtype)
+
+    alpha: Alpha = {}
+    for path, path_key in zip(partition.mixed, jax.random.split(key, len(partition.mixed)), strict=True):
+        weight = partition.frozen[path]
+        *stack, d_in, d_out = weight.shape
+        if rank == "full":
+            alpha[path] = near_one(path_key, weight.shape, weight.dtype)
+        else:
+            left_key, right_key = jax.random.split(path_key)
+            alpha[path] = LowRank(
+                left=near_one(left_key, (*stack, d_in, rank), weight.dtype),
+                right=near_one(right_key, (*stack, rank, d_out), weight.dtype),
+            )
+    return project_alpha(alpha)
+
+
+def project_alpha(alpha: Alpha) -> Alpha:
+    """Clip every factor to [0, 1]; then A is in [0, 1] at every rank. Applied at the start and after every update.
+
+    There is no clip inside `mix`: it would cut the gradient of every entry that starts above 1.
+    """
+    return jax.tree.map(lambda x: jnp.clip(x, 0, 1), alpha)
+
+
+def gate(alpha: LowRank | Array) -> Float[Array, "*l d_in d_out"]:
+    """The matrix A of one mixed weight: ``left @ right / r``, or alpha itself at rank "full"."""
+    if not isinstance(alpha, LowRank):
+        return alpha
+    rank = alpha.left.shape[-1]
+    if rank == 1:  # an outer product fuses into the mixture; a matrix product would write A out first
+        return alpha.left * alpha.right
+    return jnp.matmul(alpha.left, alpha.right, precision=jax.lax.Precision.HIGHEST) / rank
+
+
+def mix(
+    frozen: Params,
+    task: Params,
+    alpha: Alpha,
+    *,
+    complement: Complement = "convex",
+    structure: Structure | None = None,
+) -> Params | PyTree:
+    """The weights of the forward pass: ``A * W + (1 - A) * W0`` where there is an alpha, else the task or frozen weight.
+
+    Pure; differentiable in `task` and `alpha`. Where A = 1 the result is W bit for bit, where A = 0 it is W0.
+
+    Args:
+        frozen: pretrained weights W0 ``[*l, d_in, d_out]`` by path.
+        task: task weights W by path.
+        alpha: gates by path; ``{}`` gives the task weights.
+        complement: ``"convex"`` as above, or ``"factored"``: ``left @ right * W + (1 - left) @ (1 - right) * W0``, what
+            the released PyTorch code computes (rank 1 only; its coefficients do not sum to 1).
+        structure: ``partition.structure``; given, the result has the structure that `partition` was given.
+
+    Returns:
+        A flat dict by path, or with `structure` the user's own pytree.
+
+    Raises:
+        AgwmError: an unknown complement, a gate without its weight, or one whose shape does not fit it.
+    """
+    if complement not in ("convex", "factored"):
+        raise AgwmError(f"complement = {complement!r}: expected 'convex' or 'factored'.")
+    params = {**frozen, **task}
+    for path, factors in alpha.items():
+        if path not in frozen or path not in task:
+            side = "frozen" if path not in frozen else "task"
+            raise AgwmError(f"alpha has a gate for {path!r}, which the {side} weights lack: use one `partition` for all.")
+        params[path] = _mixture(path, frozen[path], task[path], factors, complement)
+    return params if structure is None else structure.unflatten(params)
+
+
+def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array, complement: Complement) -> Array:
+    a = gate(factors)
+    if a.shape != task.shape or a.shape != pretrained.shape:
+        raise AgwmError(
+            f"{path!r}: the gate has shape {a.shape}, the task weight {task.shape}, the pretrained {pretrained.shape}; "
+            "expected one shape: was alpha trained on another model?"
+        )
+    if complement == "convex":
+        return a * task + (1 - a) * pretrained
+    if not isinstance(factors, LowRank) or factors.left.shape[-1] != 1:
+        raise AgwmError(f"{path!r}: complement='factored' is defined for rank 1 only; use complement='convex'.")
+    return a * task + (1 - factors.left) * (1 - factors.right) * pretrained
+
+
+def anchor_penalty(frozen: Params, task: Params, mixed: tuple[str, ...], anchor: float) -> Scalar:
+    """``anchor / 2 * |W - W0|^2`` over the mixed weights: makes alpha identifiable (without it W can undo alpha)."""
+    return 0.5 * anchor * sum((jnp.sum((task[path] - frozen[path]) ** 2) for path in mixed), start=jnp.zeros(()))
+
+
+def mixup_problem(
+    loss: LossFn, frozen: Params, *, mixed: tuple[str, ...], complement: Complement = "convex", anchor: float = 0.0
+) -> Problem:
+    """The bi-level problem of weight mixup (arXiv 2403.12918): inner variable W and outer variable alpha.
+
+    Args:
+        loss: ``loss(params, batch) -> scalar`` on the flat mixed weights.
+        frozen: W0. Pass it through `jax.jit` as an argument and build the problem inside, so that the weights do not
+            become constants of the program.
+        mixed: the mixed paths, over which the anchor acts.
+        complement: see `mix`.
+        anchor: strength of ``anchor / 2 * |W - W0|^2`` in the inner loss; at 0 the exact hypergradient vanishes at the
+            inner optimum wherever A > 0.
+    """
+
+    def outer_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
+        return loss(mix(frozen, task, alpha, complement=complement), batch)
+
+    def inner_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
+        value = outer_loss(task, alpha, batch)
+        return value + anchor_penalty(frozen, task, mixed, anchor) if anchor else value
+
+    return Problem(inner_loss, outer_loss)
+
+
+def alpha_statistics(alpha: Alpha) -> dict[str, Scalar]:
+    """Mean and standard deviation of A over all mixed entries, and the shares below 0.05 and above 0.95."""
+    gates = [gate(factors) for factors in alpha.values()]
+    total = sum(a.size for a in gates)
+
+    def average(fn) -> Scalar:
+        return jnp.asarray(sum(jnp.sum(fn(a)) for a in gates) / total)
+
+    mean = average(lambda a: a)
+    return {
+        "alpha_mean": mean,
+        "alpha_std": jnp.sqrt(average(lambda a: (a - mean) ** 2)),
+        "alpha_below": average(lambda a: (a < 0.05).astype(a.dtype)),
+        "alpha_above": average(lambda a: (a > 0.95).astype(a.dtype)),
+    }

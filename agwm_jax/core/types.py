@@ -1,0 +1,40 @@
+"""The types that the pure functions share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, PyTree
+
+Params = dict[str, Array]
+"""Weights keyed by path, for example ``{"encoder.layers.query.kernel": [l, d, d]}``."""
+
+Batch = PyTree[Any]
+"""Whatever a loss needs besides the weights. Randomness (a dropout key) rides in it, so that a gradient, its
+Hessian-vector products and both ends of a finite difference see the same mask."""
+
+Scalar = Float[Array, ""]
+
+
+class LowRank(NamedTuple):
+    """The factors of one gate, ``A = left @ right / r``; leading axes (stacked layers) follow the kernel's."""
+
+    left: Float[Array, "*l d_in r"]
+    right: Float[Array, "*l r d_out"]
+
+
+Alpha = dict[str, LowRank | Array]
+"""One gate a mixed path: a pair of factors, or at rank "full" the matrix A itself."""
+
+LossFn = Callable[[Any, Batch], Scalar]
+"""``loss(params, batch)``: a mean over the batch's real examples."""
+
+
+class Problem(NamedTuple):
+    """A bi-level problem: ``min_o outer_loss(w*(o), o)`` where ``w*(o) = argmin_w inner_loss(w, o)``.
+
+    Both are called as ``loss(inner, outer, batch) -> scalar``; `inner` and `outer` are any pytrees of float arrays
+    (in weight mixup: the task weights and alpha).
+    """
+
+    inner_loss: Callable[[Any, Any, Batch], Scalar]
+    outer_loss: Callable[[Any, Any, Batch], Scalar]

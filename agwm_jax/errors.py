@@ -1,0 +1,8 @@
+"""The one exception that stands for a user's mistake."""
+
+
+class AgwmError(ValueError):
+    """A mistake the user can fix; its text says what is wrong, where, what was expected and how to put it right.
+
+    The command line prints the text alone and ends with exit code 2; it never shows a traceback for it.
+    """
