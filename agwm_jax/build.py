@@ -1,0 +1,221 @@
+"""From settings to objects: the only reader of a config."""
+
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from agwm_jax.config import Config
+from agwm_jax.core import hypergrad, linear_solve
+from agwm_jax.core.partition import partition
+from agwm_jax.core.types import Params
+from agwm_jax.data.agreement import agreement_task
+from agwm_jax.data.encode import Encoded, EncodingReport, encode_task
+from agwm_jax.data.plan import epoch_plan, search_plan, split_indices
+from agwm_jax.data.tasks import Task, drop_leaked, glue_task, glue_text_columns, hub_task, local_task, low_resource
+from agwm_jax.errors import AgwmError
+from agwm_jax.methods import Method, Weights, agwm, frozen_alpha, vanilla
+from agwm_jax.models.huggingface import Pretrained, load_pretrained
+from agwm_jax.models.loss import batch_loss
+from agwm_jax.schema import OptimizerConfig
+
+
+class Built(NamedTuple):
+    """Everything a run needs."""
+
+    task: Task
+    encoded: dict[str, Encoded]
+    encoding: dict[str, EncodingReport]
+    pretrained: Pretrained
+    method: Method
+    frozen: Params
+    initial: Weights
+    key: jax.Array
+
+
+def build(config: Config) -> Built:
+    """Data, model, method and start of a run."""
+    task = build_task(config)
+    pretrained = build_model(config, task)
+    encoded, encoding = build_encoding(config, task, pretrained)
+    parts = partition(pretrained.params, mixed=config.mixup.mixed, frozen=config.mixup.frozen)
+    method = build_method(config, task, pretrained, parts.mixed, num_examples=len(encoded["train"].labels))
+    key = stream_key(config, "dropout")
+    alpha = method.init_alpha(stream_key(config, "alpha"), parts)
+    frozen = {path: jnp.asarray(weight) for path, weight in parts.frozen.items()}
+    return Built(task, encoded, encoding, pretrained, method, frozen, Weights(parts.task, alpha), key)
+
+
+def build_task(config: Config) -> Task:
+    """The task with its training draw."""
+    source = config.task
+    if source.source == "agreement":
+        task = agreement_task(
+            seed=source.seed,
+            train_size=source.pool_size,
+            validation_size=source.validation_size,
+            test_size=source.test_size,
+        )
+    elif source.source == "glue":
+        task = glue_task(source.name)
+    else:
+        columns = dict(
+            text_columns=source.text_columns,
+            label_column=source.label_column,
+            kind=source.kind,
+            label_names=source.label_names,
+            group_column=source.group_column,
+            metrics=source.metrics,
+            report_split=source.report_split,
+        )
+        if source.source == "hub":
+            splits = {ours: theirs for ours, theirs in source.splits.model_dump().items() if theirs is not None}
+            task = hub_task(source.path, source.name, revision=source.revision, splits=splits, **columns)
+        else:
+            files = {split: file for split, file in source.files.model_dump().items() if file is not None}
+            task = local_task(files, name=source.name, **columns)
+            task = drop_leaked(task) if source.drop_leaked else task
+    return task if source.train_size is None else low_resource(task, train_size=source.train_size, seed=config.run.seed)
+
+
+def text_and_label_columns(config: Config) -> tuple[tuple[str, ...], str]:
+    """What the text columns and the label column are called in files for this task."""
+    source = config.task
+    if source.source == "agreement":
+        return ("text",), "label"
+    if source.source == "glue":
+        return glue_text_columns(source.name), "label"
+    return source.text_columns, source.label_column
+
+
+def build_model(config: Config, task: Task, path: str | None = None) -> Pretrained:
+    """The pretrained model with a head for the task; `path` stands in for the configured checkpoint."""
+    model = config.model
+    return load_pretrained(
+        path or model.path,
+        num_labels=max(1, len(task.label_names)),
+        dtype=jnp.dtype(model.dtype),
+        pooling=model.pooling,
+        dropout=model.dropout,
+        seed=stream_seed(config, "head"),
+        revision=model.revision,
+        unroll=model.unroll_layers,
+    )
+
+
+def build_encoding(
+    config: Config, task: Task, pretrained: Pretrained
+) -> tuple[dict[str, Encoded], dict[str, EncodingReport]]:
+    """All splits of the task as token ids, and what was cut or padded."""
+    limit = pretrained.config.max_position_embeddings
+    if config.data.max_length > limit:
+        raise AgwmError(
+            f"data.max_length = {config.data.max_length} is beyond the position table of {config.model.path} ({limit}); "
+            f"set it to {limit} or less."
+        )
+    return encode_task(
+        task, pretrained.tokenizer, max_length=config.data.max_length, pad_to=config.data.pad_to
+    )
+
+
+def build_method(
+    config: Config, task: Task, pretrained: Pretrained, mixed: tuple[str, ...], *, num_examples: int
+) -> Method:
+    """The fine-tuning method; its data order follows from the seed alone, so that methods are paired by seed."""
+    loss = batch_loss(pretrained.apply, task.kind)
+    size = config.data.batch_size
+    plan = {
+        "train": epoch_plan(
+            np.arange(num_examples), batch_size=size, epochs=config.finetune.epochs, rng=stream_rng(config, "finetune")
+        )
+    }
+    tx = build_optimizer(config.finetune.optimizer, num_steps=len(plan["train"]))
+    mixup = config.mixup
+    if config.method.name == "vanilla":
+        return vanilla(loss, plan, tx=tx)
+    start = dict(rank=mixup.rank, noise=mixup.noise, complement=mixup.complement)
+    if config.method.name == "frozen_alpha":
+        return frozen_alpha(loss, plan, tx=tx, **start)
+
+    search = config.search
+    plans = []
+    for index in range(search.num_splits):
+        rng = stream_rng(config, f"search-{index}")
+        train, validation = split_indices(num_examples, validation_fraction=search.validation_fraction, rng=rng)
+        inner, outer = search_plan(
+            train, validation, batch_size=size, inner_steps=search.inner_steps, epochs=search.epochs, rng=rng
+        )
+        plans.append({"inner": inner, "outer": outer})
+    steps, inner_steps = plans[0]["inner"].shape[:2]
+    return agwm(
+        loss,
+        plans,
+        plan,
+        hypergrad=build_hypergradient(config),
+        inner_tx=build_optimizer(search.inner, num_steps=steps * inner_steps),
+        outer_tx=build_optimizer(search.outer, num_steps=steps),
+        finetune_tx=tx,
+        mixed=mixed,
+        anchor=search.anchor,
+        rollback=search.rollback,
+        average=search.average,
+        **start,
+    )
+
+
+def build_hypergradient(config: Config) -> hypergrad.Hypergradient:
+    """The estimator of alpha's hypergradient."""
+    choice = config.hypergradient
+    if choice.estimator == "first_order":
+        return hypergrad.first_order()
+    if choice.estimator == "unrolled":
+        return hypergrad.unrolled(num_steps=choice.num_steps, remat=choice.remat)
+    return hypergrad.implicit(linear_solve.neumann(num_terms=choice.num_terms, step_size=choice.step_size))
+
+
+def build_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.GradientTransformation:
+    """AdamW with warm-up and decay over `num_steps`, after a clip of the gradient's global norm."""
+    warmup = int(config.warmup_fraction * num_steps)
+    decay = {
+        "linear": lambda: optax.schedules.linear_schedule(config.learning_rate, 0.0, num_steps - warmup),
+        "cosine": lambda: optax.schedules.cosine_decay_schedule(config.learning_rate, max(1, num_steps - warmup)),
+        "constant": lambda: optax.schedules.constant_schedule(config.learning_rate),
+    }[config.schedule]()
+    schedule = optax.schedules.join_schedules(
+        [optax.schedules.linear_schedule(0.0, config.learning_rate, warmup), decay], [warmup]
+    )
+    adamw = optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        # The square root has no derivative at 0, where a weight without gradient sits (a word that is in no batch), and
+        # `unrolled` differentiates through it. The size of eps^2 leaves the update as it is.
+        eps_root=config.eps**2,
+        weight_decay=config.weight_decay,
+        mask=_decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.gradient_clip), adamw) if config.gradient_clip else adamw
+
+
+def _decayed(params):
+    """Which weights decay: all but biases and layer norms."""
+    return {path: not path.endswith("bias") and "norm" not in path for path in params}
+
+
+def stream_seed(config: Config, name: str) -> int:
+    """A seed for one use of randomness: another use, or another method, does not shift it."""
+    return zlib.crc32(f"{config.run.seed}/{name}".encode())
+
+
+def stream_rng(config: Config, name: str) -> np.random.Generator:
+    """A NumPy generator for one use of randomness."""
+    return np.random.default_rng(stream_seed(config, name))
+
+
+def stream_key(config: Config, name: str) -> jax.Array:
+    """A JAX key for one use of randomness."""
+    return jax.random.key(stream_seed(config, name))

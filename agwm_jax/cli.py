@@ -1,0 +1,232 @@
+"""The command line: what is typed becomes one call of the library, what goes wrong one sentence and an exit code."""
+
+import argparse
+import errno
+import os
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agwm_jax.errors import AgwmError
+
+OK, UNEXPECTED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+_DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again, it continues where it was saved",
+    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+    errno.EROFS: "the disk is read-only; choose another folder with --output",
+    errno.EACCES: "no permission; choose another folder or change its permissions",
+    errno.EPERM: "not permitted; choose another folder or change its permissions",
+    errno.ENOENT: "no such file or folder",
+    errno.EEXIST: "exists already",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EISDIR: "a folder, where a file is needed",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (default: what was typed) and return its exit code: 0 done, 1 a bug, 2 a mistake, 130 Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning
+            return _run([argument for argument in arguments if argument != "--debug"])
+    except KeyboardInterrupt as interrupt:
+        print(f"agwm: {interrupt or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # What read our output has closed it (`agwm report ... | head`): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text, code = _explain(error)
+        print(f"agwm: {text}", file=sys.stderr)
+        return code
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning is one sentence for the user, not a place in our code."""
+    print(f"agwm: warning: {message}", file=sys.stderr)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser, commands = _parsers()
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command is None:
+        parser.print_help()
+        return OK
+    if rest and parsed.command != "train":
+        commands[parsed.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    return globals()[f"_{parsed.command}"](parsed, rest)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    options: Any = {"allow_abbrev": False}
+    parser = argparse.ArgumentParser(
+        prog="agwm",
+        description="Fine-tune a pretrained encoder on few examples by attention-guided weights mixup.",
+        epilog="Exit codes: 0 done, 1 unexpected error, 2 a mistake in the command, settings or data, 130 Ctrl-C. "
+        "--debug, with any command, shows the traceback of an error.",
+        **options,
+    )
+    group = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    train = group.add_parser(
+        "train",
+        help="train as a config says, or continue the same run",
+        usage="agwm train [--config FILE] [--nested.setting VALUE ...] [--debug]",
+        add_help=False,
+        **options,
+    )
+    train.add_argument("--config", type=Path)
+    train.add_argument("-h", "--help", action="store_true")
+
+    evaluate = group.add_parser("eval", help="score a finished run", **options)
+    evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    evaluate.add_argument("--split", help="split of the run's task (default: the one its result reports)")
+    evaluate.add_argument("--file", type=Path, help="labelled file with the columns of the task, instead of a split")
+
+    predict = group.add_parser("predict", help="label the texts of a file", **options)
+    predict.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    predict.add_argument("input", metavar="INPUT", type=Path, help="file with the text columns of the run's task")
+    predict.add_argument("output", metavar="OUTPUT", type=Path, help="file for the labels and probabilities")
+
+    report = group.add_parser("report", help="tables and plots of finished runs", **options)
+    report.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders of them")
+    report.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
+
+    export = group.add_parser("export", help="write a Hugging Face folder with alpha merged in", **options)
+    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
+    return parser, group.choices
+
+
+# Each command imports what it needs, so that `agwm --help` and a typing error answer at once.
+
+
+def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    if parsed.help:
+        print("\n".join(_train_help()))
+        return OK
+    from agwm_jax.config import load_config
+
+    config = load_config(parsed.config, overrides)
+    from agwm_jax.train.run import train
+
+    result = train(config)
+    score = result.get("score")
+    if score is not None:
+        print(f"{result.get('task')}: {result.get('metric')} on {result.get('split')} = {score:.4f}")
+    print(f"run folder: {config.run.output}")
+    return OK
+
+
+def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
+    if parsed.split is not None and parsed.file is not None:
+        raise AgwmError("--split and --file exclude each other: score a split of the run's task, or a file")
+    from agwm_jax.train.evaluate import evaluate_run
+
+    print("\n".join(_table(evaluate_run(parsed.run, parsed.split, parsed.file))))
+    return OK
+
+
+def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
+    from agwm_jax.train.evaluate import predict_run
+
+    count = predict_run(parsed.run, parsed.input, parsed.output)
+    print(f"{count} predictions: {parsed.output}")
+    return OK
+
+
+def _report(parsed: argparse.Namespace, _: list[str]) -> int:
+    from agwm_jax.report import write_report
+
+    report = write_report(parsed.runs, parsed.output)
+    print(f"{report.markdown}\nreport: {report.files[0]}")
+    return OK
+
+
+def _export(parsed: argparse.Namespace, _: list[str]) -> int:
+    from agwm_jax.train.evaluate import export_run
+
+    deviation = export_run(parsed.run, parsed.folder)
+    print(f"exported: {parsed.folder}")
+    if deviation is not None:
+        warnings.warn(f"transformers will not give the same logits: {deviation}", stacklevel=1)
+    return OK
+
+
+def _train_help() -> Iterator[str]:
+    from agwm_jax.config import all_settings
+
+    yield "usage: agwm train [--config FILE] [--nested.setting VALUE ...] [--debug]"
+    yield ""
+    yield "Train as the settings say: the config file's, changed by those given here; without either, the defaults."
+    yield "A run that was interrupted continues when the same command is given again."
+    yield "Short: --seed (run.seed), --output (run.output), --model (model.path), --method (method.name)."
+    section, shown = "", set()
+    for setting in all_settings():
+        heading = setting.path.split(".")[0] + (f", with {setting.needs}" if setting.needs else "")
+        if setting.needs.split("=")[0] == setting.path:
+            continue  # the choice itself: the heading says it
+        if heading != section:
+            section = heading
+            yield from ("", f"{heading}:")
+        yield f"  --{setting.path} ({setting.default})"
+        if setting.path not in shown or setting.needs:
+            text = f"{setting.description}; {setting.allowed}"
+            yield from textwrap.wrap(text, 120, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        shown.add(setting.path)
+
+
+def _table(value: dict[str, Any]) -> Iterator[str]:
+    """One line an entry of a nested dict, its keys joined by dots."""
+    lines = list(_flatten(value))
+    width = max((len(name) for name, _ in lines), default=0)
+    for name, entry in lines:
+        yield f"{name:<{width}}  {f'{entry:.4f}' if isinstance(entry, float) else entry}"
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            yield from _flatten(entry, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", entry
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """The sentence and the exit code for an error that reached the command line."""
+    for cause in _causes(error):
+        if isinstance(cause, AgwmError):
+            return str(cause), MISTAKE
+    for cause in _causes(error):
+        if isinstance(cause, OSError):
+            place = f"{cause.filename}: " if cause.filename else ""
+            reason = _DISK_FAULTS.get(cause.errno or 0) or cause.strerror or " ".join(str(cause).split())
+            return f"{place}{reason}", MISTAKE
+        # The checkpoint library reports a full disk from C++, as a text in another kind of exception.
+        if "No space left on device" in str(cause):
+            return _DISK_FAULTS[errno.ENOSPC], MISTAKE
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; lower --data.batch_size or --data.max_length", MISTAKE
+    missing = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and missing and not missing.startswith("agwm_jax"):
+        return f"the package {missing} is not installed; pip install 'agwm-jax[train]'", MISTAKE
+    first_line = next(iter(str(error).strip().splitlines()), "no message")
+    return f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where", UNEXPECTED
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

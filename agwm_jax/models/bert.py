@@ -1,0 +1,294 @@
+"""The BERT encoder with a classification or regression head, as a Flax NNX module with stacked, scanned layers."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key, Num
+
+from agwm_jax.errors import AgwmError
+
+# Names as in Hugging Face's config.json. BERT's "gelu" is the exact one (erf); the other two are the tanh approximation.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_REFUSED = {"is_decoder": True, "add_cross_attention": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Shape and rates of a BERT encoder; names and meaning as in Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: as hidden_dropout_prob
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        faults = []
+        for name in (*_SIZES, "max_position_embeddings", "type_vocab_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if name == "classifier_dropout" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                faults.append(f"{name} is {value!r}, expected a number in [0, 1)")
+        for name in ("initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                faults.append(f"{name} is {value!r}, expected a number above 0")
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            faults.append(f"hidden_act is {self.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
+        if not faults and self.hidden_size % self.num_attention_heads:
+            faults.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if faults:
+            raise AgwmError("BERT configuration not usable: " + "; ".join(faults) + ".")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
+        """Take what this model needs from the values of a config.json.
+
+        Args:
+            values: the parsed file; keys without a bearing on the forward pass are left alone.
+
+        Raises:
+            AgwmError: a size is missing or not usable, or the file asks for a variant that is not built here
+                (decoder, cross attention, relative positions). All faults are in the one message.
+        """
+        faults = [f"{name} is missing" for name in _SIZES if name not in values]
+        faults += [f"{name} is true, which is not supported" for name in _REFUSED if values.get(name)]
+        position = values.get("position_embedding_type", "absolute")
+        if position not in ("absolute", None):
+            faults.append(f"position_embedding_type is {position!r}, only 'absolute' is supported")
+        if faults:
+            raise AgwmError("BERT configuration not usable: " + "; ".join(faults) + ".")
+        known = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: values[name] for name in known if name in values})
+
+    def with_dropout(self, rate: float | None) -> "BertConfig":
+        """The same configuration with all three dropout rates set to `rate`; None changes nothing."""
+        if rate is None:
+            return self
+        return dataclasses.replace(
+            self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate
+        )
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:
+    """Zero each entry with probability `rate` and scale the others by the inverse of the probability to be kept.
+
+    A bit generator that yields one 32-bit word per entry is a notable part of a training step on a CPU; a word here
+    serves two entries. The rate is rounded to a multiple of 2^-16 and the scale is that of the rounded rate, so the
+    expectation is exact.
+
+    Args:
+        x: any array with at least one axis.
+        rate: probability to be zeroed, in [0, 1).
+        key: typed PRNG key; None means no dropout.
+    """
+    kept = 65536 - round(rate * 65536)
+    if key is None or kept == 65536:
+        return x
+    *leading, last = x.shape
+    words = jax.random.bits(key, (*leading, -(-last // 2)), jnp.uint32)
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*leading, -1)[..., :last]
+    return jnp.where(bits < kept, x * jnp.asarray(65536 / kept, x.dtype), jnp.zeros((), x.dtype))
+
+
+def _split(key: Key[Array, ""] | None, num: int) -> Key[Array, " num"] | list[None]:
+    return [None] * num if key is None else jax.random.split(key, num)
+
+
+class BertEmbeddings(nnx.Module):
+    """Sum of word, position and token type embeddings, normalised."""
+
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(config.initializer_range)
+        embed = partial(nnx.Embed, features=config.hidden_size, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.word = embed(config.vocab_size)
+        self.position = embed(config.max_position_embeddings)
+        self.token_type = embed(config.type_vocab_size)
+        self.norm = _layer_norm(config, dtype, rngs)
+        self.rate = config.hidden_dropout_prob
+
+    def __call__(
+        self, input_ids: Int[Array, "b t"], token_type_ids: Int[Array, "b t"], *, key: Key[Array, ""] | None
+    ) -> Float[Array, "b t d"]:
+        positions = self.position(jnp.arange(input_ids.shape[1]))
+        x = self.word(input_ids) + self.token_type(token_type_ids) + positions[None]
+        return dropout(self.norm(x), self.rate, key)
+
+
+class BertLayer(nnx.Module):
+    """One transformer layer: self-attention and feed-forward, each with a residual and a norm after it."""
+
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        linear = partial(_linear, config, dtype, rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.query = linear(width, width)
+        self.key = linear(width, width)
+        self.value = linear(width, width)
+        self.attention_output = linear(width, width)
+        self.attention_norm = _layer_norm(config, dtype, rngs)
+        self.intermediate = linear(width, inner)
+        self.output = linear(inner, width)
+        self.output_norm = _layer_norm(config, dtype, rngs)
+        self.config = config
+
+    def attend(
+        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None
+    ) -> Float[Array, "b t d"]:
+        """Softmax attention over all positions; plain matrix products, so that forward-mode rules exist."""
+        b, t, d = x.shape
+        h = self.config.num_attention_heads
+
+        query, keys, value = (linear(x).reshape(b, t, h, d // h) for linear in (self.query, self.key, self.value))
+        scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=jnp.float32)
+        probabilities = jax.nn.softmax(scores * (d // h) ** -0.5 + bias[:, None, None, :], axis=-1).astype(x.dtype)
+        probabilities = dropout(probabilities, self.config.attention_probs_dropout_prob, key)
+        return jnp.einsum("bhqk,bkhe->bqhe", probabilities, value).reshape(b, t, d)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None
+    ) -> Float[Array, "b t d"]:
+        attention_key, output_key, ffn_key = _split(key, 3)
+        rate = self.config.hidden_dropout_prob
+        attended = self.attention_output(self.attend(x, bias, key=attention_key))
+        x = self.attention_norm(x + dropout(attended, rate, output_key))
+        inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))
+        return self.output_norm(x + dropout(self.output(inner), rate, ffn_key))
+
+
+class BertEncoder(nnx.Module):
+    """All layers in one module whose weights carry a leading layer axis; applied by a scan over that axis."""
+
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, unroll: int, rngs: nnx.Rngs) -> None:
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> BertLayer:
+            return BertLayer(config, dtype=dtype, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.num_layers = config.num_hidden_layers
+        self.unroll = unroll
+
+    def __call__(
+        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None
+    ) -> Float[Array, "b t d"]:
+        graph, weights = nnx.split(self.layers)
+        keys = None if key is None else jax.random.split(key, self.num_layers)
+
+        def layer(x, weights_and_key):
+            weights, key = weights_and_key
+            return nnx.merge(graph, weights)(x, bias, key=key), None
+
+        return lax.scan(layer, x, (weights, keys), unroll=self.unroll)[0]
+
+
+class BertClassifier(nnx.Module):
+    """BERT with a head on one vector a text: class logits, or one number where `num_labels` is 1.
+
+    Args:
+        config: shape and dropout rates.
+        num_labels: size of the head, c.
+        pooling: "cls" (first token, pooler with tanh) or "mean" (mean over real tokens, no pooler weights).
+        dtype: dtype of the computation; weights, softmax, pooling and head stay float32.
+        unroll: how many layers one turn of the scan holds.
+        rngs: stream "params" for the initial weights.
+
+    Source: Devlin et al., arXiv 1810.04805; layer by layer as in Hugging Face's BertForSequenceClassification.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        num_labels: int,
+        pooling: str = "cls",
+        dtype: DTypeLike = jnp.float32,
+        unroll: int = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if pooling not in ("cls", "mean"):
+            raise AgwmError(f"pooling is {pooling!r}, expected 'cls' or 'mean'.")
+        self.embeddings = BertEmbeddings(config, dtype=dtype, rngs=rngs)
+        self.encoder = BertEncoder(config, dtype=dtype, unroll=unroll, rngs=rngs)
+        if pooling == "cls":
+            self.pooler = _linear(config, jnp.float32, rngs, config.hidden_size, config.hidden_size)
+        self.classifier = _linear(config, jnp.float32, rngs, config.hidden_size, num_labels)
+        self.config = config
+        self.pooling = pooling
+
+    def __call__(
+        self, batch: Mapping[str, Num[Array, "b t"]], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b c"]:
+        """Logits of a batch.
+
+        Args:
+            batch: `input_ids`, `token_type_ids`, `attention_mask` [b, t]; other entries are not read.
+            key: typed PRNG key of the dropout masks; None means no dropout.
+
+        Returns:
+            Logits [b, c], float32.
+
+        Raises:
+            AgwmError: when traced, if t is larger than the position table.
+        """
+        mask, limit = batch["attention_mask"], self.config.max_position_embeddings
+        if mask.shape[-1] > limit:
+            raise AgwmError(
+                f"The texts are {mask.shape[-1]} tokens long but the model's position table ends at {limit}; "
+                f"set max_length to {limit} or less."
+            )
+        embedding_key, encoder_key, head_key = _split(key, 3)
+        # Finite, so that a row of nothing but padding gives an even softmax and no NaN.
+        bias = jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
+        x = self.embeddings(batch["input_ids"], batch["token_type_ids"], key=embedding_key)
+        x = self.encoder(x, bias, key=encoder_key)
+        if self.pooling == "cls":
+            pooled = jnp.tanh(self.pooler(x[:, 0].astype(jnp.float32)))
+        else:
+            real = (mask != 0).astype(jnp.float32)[:, :, None]
+            pooled = (x.astype(jnp.float32) * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
+        rate = self.config.classifier_dropout
+        return self.classifier(dropout(pooled, self.config.hidden_dropout_prob if rate is None else rate, head_key))
+
+
+def _linear(config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs, inputs: int, outputs: int) -> nnx.Linear:
+    init = nnx.initializers.normal(config.initializer_range)
+    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def _layer_norm(config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance, E[x^2] - E[x]^2, loses too many digits for parity with the reference.
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, rngs=rngs
+    )

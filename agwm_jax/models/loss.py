@@ -1,0 +1,32 @@
+"""The training loss of a model: a mean over the real examples of a batch."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+
+from agwm_jax.core.types import Batch, LossFn, Params, Scalar
+
+
+def batch_loss(apply: Callable[..., jnp.ndarray], kind: Literal["classification", "regression"]) -> LossFn:
+    """``loss(params, batch)``: cross-entropy, or the squared error of a single logit.
+
+    Args:
+        apply: ``apply(params, batch, key=key) -> logits [b, c]``; the batch's own ``key``, if any, drives dropout.
+        kind: of the task; for a regression c = 1.
+
+    Returns:
+        A loss that weights example i with ``batch["weight"][i]`` (1, or 0 for the padding of a short batch) and divides
+        by their sum.
+    """
+
+    def loss(params: Params, batch: Batch) -> Scalar:
+        logits = apply(params, batch, key=batch.get("key"))
+        if kind == "regression":
+            each = (logits[:, 0] - batch["labels"]) ** 2
+        else:
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
+
+    return loss

@@ -1,0 +1,1 @@
+"""Running a configuration: the training loop, checkpoints, run folders, evaluation."""

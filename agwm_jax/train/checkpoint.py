@@ -1,0 +1,124 @@
+"""Checkpoints of a run in progress, written with Orbax and verified before they are trusted."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from agwm_jax.errors import AgwmError
+
+log = logging.getLogger(__name__)
+
+
+class Position(NamedTuple):
+    """Where a run stands; with the seed it determines the data order and every random number still to come."""
+
+    phase: int
+    step: int
+    seconds: dict[str, float]
+    """Spent so far, by phase."""
+
+
+class Checkpoints:
+    """The checkpoints of one run folder, newest last.
+
+    Orbax notices a torn file but not a flipped bit (orbax-checkpoint 0.12 restored a damaged array without a word), so
+    a digest of every file is kept beside the step and compared before restoring.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, fingerprint: str):
+        """Open `folder`; `keep` newest are retained; `fingerprint` names the data that the positions refer to."""
+        self._folder = folder.absolute()
+        self._fingerprint = fingerprint
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, global_step: int, position: Position, state: Any) -> None:
+        """Write `state` (a pytree of arrays) as the checkpoint of `global_step`.
+
+        Raises:
+            AgwmError: the disk is full or cannot be written; earlier checkpoints stay.
+        """
+        if global_step in self._manager.all_steps():
+            return
+        content = {"fingerprint": self._fingerprint, **position._asdict()}
+        try:
+            self._manager.save(
+                global_step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(content)),
+            )
+            self._digests(global_step).write_text(json.dumps(self._digest(global_step)))
+        except Exception as error:  # Orbax and TensorStore raise what they like for a failed write
+            raise AgwmError(
+                f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
+                "free disk space or choose another --run.output, then run the same command to continue."
+            ) from error
+        for stale in self._folder.glob("*.sha256.json"):
+            if int(stale.name.split(".")[0]) not in self._manager.all_steps():
+                stale.unlink()
+
+    def restore(self, template) -> tuple[Position, Any] | None:
+        """The newest checkpoint that is whole, or None.
+
+        Args:
+            template: ``template(position) -> pytree of ShapeDtypeStruct`` as `state` was when saved there.
+
+        Raises:
+            AgwmError: the checkpoint belongs to other data.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                if json.loads(self._digests(step).read_text()) != self._digest(step):
+                    raise ValueError("a file differs from what was written")
+                content = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
+                content = dict(content["position"])
+                fingerprint = content.pop("fingerprint")
+                position = Position(**content)
+                if fingerprint == self._fingerprint:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
+                    return position, self._manager.restore(step, args=args)["state"]
+            except Exception as error:  # whatever is wrong with it, an older one may be whole
+                log.warning(
+                    "checkpoint %s is damaged (%s); falling back to the one before.",
+                    self._folder / str(step),
+                    _first_line(error),
+                )
+                self._manager.delete(step)
+                continue
+            raise AgwmError(
+                f"the checkpoints in {self._folder} were made with other training data: the data changed since; "
+                "restore it, or choose another --run.output to start anew."
+            )
+        return None
+
+    def close(self, *, delete: bool = False) -> None:
+        """Release the folder; with `delete`, remove all checkpoints (the run is finished)."""
+        if delete:
+            for step in self._manager.all_steps():
+                self._manager.delete(step)
+                self._digests(step).unlink(missing_ok=True)
+        self._manager.close()
+
+    def _digests(self, step: int) -> Path:
+        return self._folder / f"{step}.sha256.json"
+
+    def _digest(self, step: int) -> dict[str, str]:
+        root = self._folder / str(step)
+        digests = {}
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            with path.open("rb") as file:
+                digests[str(path.relative_to(root))] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
+
+
+def abstract(tree, sharding: jax.sharding.Sharding):
+    """Shapes, dtypes and placement of a pytree: what Orbax needs to restore it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

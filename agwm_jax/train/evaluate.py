@@ -1,0 +1,160 @@
+"""Scores and predictions of a model, and of a finished run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy.special import softmax
+
+from agwm_jax import metrics
+from agwm_jax.build import build_model, build_task, text_and_label_columns
+from agwm_jax.config import Config
+from agwm_jax.core.mixup import mix
+from agwm_jax.core.partition import partition
+from agwm_jax.core.types import Params
+from agwm_jax.data.encode import Encoded, encode
+from agwm_jax.data.tasks import Task, read_labelled, read_texts, write_predictions
+from agwm_jax.errors import AgwmError
+from agwm_jax.methods.phase import Weights
+from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
+from agwm_jax.train.batches import gather
+from agwm_jax.train.run_folder import load_weights, read_config
+
+Columns = dict[str, jax.Array]
+
+
+def columns_on_device(encoded: Encoded) -> Columns:
+    """The columns of a split as device arrays."""
+    return {
+        "input_ids": jnp.asarray(encoded.input_ids),
+        "token_type_ids": jnp.asarray(encoded.token_type_ids),
+        "attention_mask": jnp.asarray(encoded.attention_mask),
+        "labels": jnp.asarray(encoded.labels),
+    }
+
+
+def predict_logits(
+    apply: Callable[..., jax.Array], params: Params, encoded: Encoded, *, batch_size: int
+) -> Float[np.ndarray, "n c"]:
+    """Logits of every example of a split, without dropout."""
+    n = len(encoded.input_ids)
+    batch_size = min(batch_size, n)
+    rows = np.full(-(-n // batch_size) * batch_size, -1, np.int32)
+    rows[:n] = np.arange(n)
+    data = columns_on_device(encoded)
+
+    @jax.jit
+    def all_logits(params, data, rows):
+        return jax.lax.map(lambda r: apply(params, gather(data, r)), rows)
+
+    logits = all_logits(params, data, jnp.asarray(rows.reshape(-1, batch_size)))
+    return np.asarray(logits).reshape(-1, logits.shape[-1])[:n]
+
+
+def scores(task: Task, name: str, logits: np.ndarray) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Metrics of one split, and of its groups where the split has a column `group`."""
+    split = task.splits[name]
+    labels = np.asarray(split["label"])
+    overall = metrics.compute(task.metrics, logits, labels)
+    groups = {}
+    if "group" in split.column_names:
+        names = np.asarray(split["group"])
+        metric = "accuracy" if task.kind == "classification" else task.metrics[0]
+        for group in sorted(set(names.tolist())):
+            rows = names == group
+            groups[group] = {**metrics.compute([metric], logits[rows], labels[rows]), "n": int(rows.sum())}
+    return overall, groups
+
+
+def load_run(folder: Path) -> tuple[Config, Task, Pretrained, Params]:
+    """A finished run: config, task, and the pretrained model with the weights ``mix(W0, W, alpha)``."""
+    config = read_config(folder)
+    weights = load_weights(folder, complement=config.mixup.complement)
+    task = build_task(config)
+    pretrained = build_model(config, task)
+    return config, task, pretrained, merged(config, pretrained, weights)
+
+
+def merged(config: Config, pretrained: Pretrained, weights: Weights) -> Params:
+    """The weights of the forward pass."""
+    parts = partition(pretrained.params, mixed=config.mixup.mixed, frozen=config.mixup.frozen)
+    if weights.task.keys() != parts.task.keys():
+        odd = sorted(weights.task.keys() ^ parts.task.keys())
+        raise AgwmError(f"the trained weights do not fit {config.model.path}: {', '.join(odd)} on one side only.")
+    return mix(parts.frozen, weights.task, weights.alpha, complement=config.mixup.complement)
+
+
+def evaluate_run(run: Path, split: str | None = None, file: Path | None = None) -> dict[str, Any]:
+    """Score a finished run on a split of its task, or on a labelled file with the same columns.
+
+    Returns:
+        ``{"task", "split", "n", "scores": {metric: value}, "groups": {group: {metric: value, "n": n}}}``.
+
+    Raises:
+        AgwmError: no finished run, no such split, a bad file.
+    """
+    config, task, pretrained, params = load_run(run)
+    name = split or task.report_split
+    if file is not None:
+        text_columns, label_column = text_and_label_columns(config)
+        labelled = read_labelled(file, task, text_columns=text_columns, label_column=label_column)
+        name = file.name
+        task = task._replace(splits={name: labelled})
+    if name not in task.splits:
+        raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(task.splits)}.")
+    logits = _logits(config, pretrained, params, task.splits[name])
+    overall, groups = scores(task, name, logits)
+    return {"task": task.name, "split": name, "n": len(logits), "scores": overall, "groups": groups}
+
+
+def predict_run(run: Path, input_file: Path, output_file: Path) -> int:
+    """Label the texts of a file: its columns, then the prediction and, for classes, their probabilities.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        AgwmError: no finished run, a bad file.
+    """
+    config, task, pretrained, params = load_run(run)
+    texts = read_texts(input_file, text_columns=text_and_label_columns(config)[0])
+    logits = _logits(config, pretrained, params, texts.split)
+    if task.kind == "regression":
+        write_predictions(output_file, texts, predictions=[float(x) for x in logits[:, 0]])
+    else:
+        write_predictions(
+            output_file,
+            texts,
+            predictions=[task.label_names[i] for i in logits.argmax(1)],
+            probabilities=softmax(logits.astype(np.float64), axis=1),
+            label_names=task.label_names,
+        )
+    return len(logits)
+
+
+def export_run(run: Path, folder: Path) -> str | None:
+    """Write the merged model as a Hugging Face folder.
+
+    Returns:
+        Why `transformers` would not give the same logits, or None where it does.
+
+    Raises:
+        AgwmError: no finished run, or `folder` holds files.
+    """
+    config, task, pretrained, params = load_run(run)
+    return export(folder, task, pretrained, params)
+
+
+def export(folder: Path, task: Task, pretrained: Pretrained, params: Params) -> str | None:
+    """As `export_run`, from what is in memory."""
+    save_pretrained(folder, params, pretrained, label_names=task.label_names)
+    return transformers_compatible(pretrained)
+
+
+def _logits(config: Config, pretrained: Pretrained, params: Params, split) -> np.ndarray:
+    encoded, _ = encode(split, pretrained.tokenizer, max_length=config.data.max_length)
+    return predict_logits(pretrained.apply, params, encoded, batch_size=config.data.eval_batch_size)

@@ -1,0 +1,196 @@
+"""The only training loop: it runs the phases of a method, compiled, in chunks of steps, and can stop at any of them."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from agwm_jax.core.types import Params
+from agwm_jax.errors import AgwmError
+from agwm_jax.methods.phase import Method, Phase, Weights
+from agwm_jax.train.batches import gather
+from agwm_jax.train.checkpoint import Checkpoints, Position, abstract
+from agwm_jax.train.recorder import Recorder
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or a termination signal; the state was saved first."""
+
+
+class Program(NamedTuple):
+    """A phase's compiled functions and what compiling cost."""
+
+    advance: Callable[..., tuple[Any, dict[str, jax.Array]]]
+    monitor: Callable[[Any], dict[str, jax.Array]]
+    seconds: float
+
+
+def fit(
+    method: Method,
+    *,
+    frozen: Params,
+    initial: Weights,
+    data: dict[str, jax.Array],
+    key: PRNGKeyArray,
+    checkpoints: Checkpoints,
+    make_recorder: Callable[[int], Recorder],
+    chunk_steps: int,
+    checkpoint_steps: int,
+) -> tuple[Weights, dict[str, float], list[dict[str, Any]]]:
+    """Run all phases of a method, from the newest checkpoint if there is one.
+
+    The training set lies on the device and a chunk of steps is one call of a compiled loop over index batches: nothing
+    goes to the host in between. Every random number follows from `key`, the phase's name and the step, so a run that
+    was killed and continued ends with the same bits.
+
+    Args:
+        method: what to run.
+        frozen: pretrained weights W0, and weights that are never trained.
+        initial: the pretrained start.
+        data: columns of the training set, on the device.
+        key: PRNG key of the run.
+        checkpoints: where to save and resume.
+        make_recorder: given the global step that the run starts at.
+        chunk_steps: steps a call of the device.
+        checkpoint_steps: steps between checkpoints; 0 for the ends of phases only.
+
+    Returns:
+        The learnt weights; seconds by phase, and under "compile"; the records of metrics.jsonl.
+
+    Raises:
+        AgwmError: the loss is no longer finite.
+        Interrupted: after saving, on SIGINT or SIGTERM.
+    """
+    device = next(iter(frozen.values())).sharding
+    position, carry, state = Position(0, 0, {}), initial, None
+
+    def template(position: Position):
+        shape = jax.eval_shape(method.phases[position.phase].start, frozen, initial, initial)
+        return abstract({"state": shape, "carry": initial}, device)
+
+    found = checkpoints.restore(template)
+    if found is not None:
+        position, restored = found
+        carry, state = restored["carry"], restored["state"]
+    offsets = np.cumsum([0, *(phase.num_steps for phase in method.phases)])
+    seconds = dict(position.seconds)
+    programs: dict[Any, Program] = {}
+
+    with make_recorder(int(offsets[position.phase]) + position.step) as recorder, _deferred_signals() as interrupted:
+        if found is not None:
+            recorder.say(f"continuing in {method.phases[position.phase].name} after step {position.step}")
+        for index, phase in list(enumerate(method.phases))[position.phase :]:
+            if state is None:
+                state = _own(jax.jit(phase.start)(frozen, initial, carry))
+            first = position.step if index == position.phase else 0
+            recorder.begin(phase.name, step=first, num_steps=phase.num_steps)
+            phase_key = jax.random.fold_in(key, zlib.crc32(phase.name.encode()))
+            plan = {name: jnp.asarray(rows) for name, rows in phase.plan.items()}
+            arguments = (frozen, data, plan, phase_key)
+            if phase.step not in programs:
+                programs[phase.step] = _compile(phase, state, *arguments, chunk_steps=chunk_steps)
+                seconds["compile"] = seconds.get("compile", 0.0) + programs[phase.step].seconds
+            program, offset = programs[phase.step], int(offsets[index])
+
+            def save(step: int, index=index, offset=offset):
+                # Reads the loop's current state: called only between chunks.
+                checkpoints.save(offset + step, Position(index, step, dict(seconds)), {"state": state, "carry": carry})
+
+            step = first
+            while step < phase.num_steps:
+                began = time.perf_counter()
+                stop = min(step + chunk_steps, phase.num_steps)
+                if checkpoint_steps:
+                    stop = min(stop, step - step % checkpoint_steps + checkpoint_steps)
+                new, columns = program.advance(state, *arguments, step, stop)
+                infos = _rows(jax.device_get(columns), stop - step)
+                infos[-1].update({name: float(x) for name, x in jax.device_get(program.monitor(new)).items()})
+                _check_finite(phase.name, step, infos, checkpoints, recorder)
+                recorder.chunk(phase.name, infos, step=step, num_steps=phase.num_steps, offset=offset)
+                state, step = new, stop
+                seconds[phase.name] = seconds.get(phase.name, 0.0) + time.perf_counter() - began
+                if interrupted.is_set():
+                    save(step)
+                    raise Interrupted(
+                        f"stopped in {phase.name} after step {step} of {phase.num_steps}; the state is saved: "
+                        "run the same command again to continue"
+                    )
+                if checkpoint_steps and step % checkpoint_steps == 0 or step == phase.num_steps:
+                    save(step)
+            carry, state = _own(phase.finish(carry, state)), None
+        return carry, seconds, recorder.records
+
+
+def _compile(phase: Phase, state, frozen, data, plan, key, *, chunk_steps: int) -> Program:
+    """Compile ``advance(state, frozen, data, plan, key, start, stop) -> (state, infos [chunk_steps])``."""
+
+    def batches(data, plan, key, step):
+        keys = jax.random.split(jax.random.fold_in(key, step), len(plan))
+        return {name: gather(data, plan[name][step], keys[i]) for i, name in enumerate(sorted(plan))}
+
+    def advance(state, frozen, data, plan, key, start, stop):
+        def body(step, loop):
+            state, infos = loop
+            state, info = phase.step(state, frozen, batches(data, plan, key, step))
+            return state, {name: infos[name].at[step - start].set(value) for name, value in info.items()}
+
+        _, info = jax.eval_shape(phase.step, state, frozen, jax.eval_shape(batches, data, plan, key, start))
+        infos = {name: jnp.zeros(chunk_steps, value.dtype) for name, value in info.items()}
+        return jax.lax.fori_loop(start, stop, body, (state, infos))
+
+    began = time.perf_counter()
+    jitted = jax.jit(advance, donate_argnums=0)
+    compiled = jitted.lower(state, frozen, data, plan, key, 0, 1).compile()
+    monitor = jax.jit(phase.monitor).lower(state).compile()
+    return Program(compiled, monitor, time.perf_counter() - began)
+
+
+def _own(tree):
+    """A copy of every array: the training state is donated, and must not share a buffer with anything kept."""
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _rows(columns: dict[str, np.ndarray], count: int) -> list[dict[str, float]]:
+    return [{name: float(column[i]) for name, column in columns.items()} for i in range(count)]
+
+
+def _check_finite(phase: str, step: int, infos, checkpoints: Checkpoints, recorder: Recorder) -> None:
+    watched = ("loss", "outer_loss", "hypergradient_norm")
+    for i, info in enumerate(infos):
+        bad = [name for name in watched if not math.isfinite(info.get(name, 0.0))]
+        if bad:
+            raise AgwmError(
+                f"{phase}: {' and '.join(bad)} became {info[bad[0]]} at step {step + i}; the last good checkpoint is kept. "
+                "Lower the learning rate (search.inner, search.outer or finetune.optimizer), or the step size of a "
+                "Neumann series, and start in a new --run.output."
+            )
+
+
+@contextlib.contextmanager
+def _deferred_signals() -> Iterator[threading.Event]:
+    """Let a chunk end before SIGINT or SIGTERM takes effect; a second SIGINT acts at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signal handlers belong to the main thread
+        return
+
+    def defer(number, frame):
+        if interrupted.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
