@@ -1,13 +1,14 @@
 """From settings to objects: the only reader of a config."""
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from agwm_jax import metrics
 from agwm_jax.config import Config
 from agwm_jax.core import hypergrad, linear_solve
 from agwm_jax.core.partition import partition
@@ -39,6 +40,7 @@ class Built(NamedTuple):
 def build(config: Config) -> Built:
     """Data, model, method and start of a run."""
     task = build_task(config)
+    metrics.check(task.metrics, kind=task.kind, num_classes=len(task.label_names))
     pretrained = build_model(config, task)
     encoded, encoding = build_encoding(config, task, pretrained)
     parts = partition(pretrained.params, mixed=config.mixup.mixed, frozen=config.mixup.frozen)
@@ -62,7 +64,7 @@ def build_task(config: Config) -> Task:
     elif source.source == "glue":
         task = glue_task(source.name)
     else:
-        columns = dict(
+        columns: dict[str, Any] = dict(
             text_columns=source.text_columns,
             label_column=source.label_column,
             kind=source.kind,
@@ -136,7 +138,7 @@ def build_method(
     mixup = config.mixup
     if config.method.name == "vanilla":
         return vanilla(loss, plan, tx=tx)
-    start = dict(rank=mixup.rank, noise=mixup.noise, complement=mixup.complement)
+    start: dict[str, Any] = dict(rank=mixup.rank, noise=mixup.noise, complement=mixup.complement)
     if config.method.name == "frozen_alpha":
         return frozen_alpha(loss, plan, tx=tx, **start)
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.showwarning = _show_warning
             return _run([argument for argument in arguments if argument != "--debug"])
     except KeyboardInterrupt as interrupt:
-        print(f"agwm: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"agwm: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # What read our output has closed it (`agwm report ... | head`): nothing is wrong, and nothing more can be said.
@@ -165,7 +165,7 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _train_help() -> Iterator[str]:
-    from agwm_jax.config import all_settings
+    from agwm_jax.settings import all_settings
 
     yield "usage: agwm train [--config FILE] [--nested.setting VALUE ...] [--debug]"
     yield ""

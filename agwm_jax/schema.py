@@ -280,7 +280,7 @@ class FirstOrder(Section):
 class Unrolled(Section):
     """Reverse mode through the look-ahead updates, optimiser included."""
 
-    estimator: Literal["unrolled"] = Field(description="how alpha's gradient is estimated")
+    estimator: Literal["unrolled"] = Field("unrolled", description="how alpha's gradient is estimated")
     num_steps: int | None = Field(
         default=None, ge=1, description="updates to differentiate, the last ones; null: all of the look-ahead"
     )
@@ -298,7 +298,7 @@ class Neumann(Section):
 
 
 Hypergradient = Annotated[
-    FirstOrder | Unrolled | Neumann, Field(discriminator="estimator"), _default_tag("estimator", "first_order")
+    FirstOrder | Unrolled | Neumann, Field(discriminator="estimator"), _default_tag("estimator", "unrolled")
 ]
 
 
@@ -330,7 +330,7 @@ class Config(Section):
     method: Method = Field(default=Method(), description="how to fine-tune")
     mixup: Mixup = Field(default=Mixup(), description="which weights are mixed, and how")
     search: Search = Field(default=Search(), description="the bi-level search for alpha")
-    hypergradient: Hypergradient = Field(default=FirstOrder(), description="alpha's gradient in the search")
+    hypergradient: Hypergradient = Field(default=Unrolled(), description="alpha's gradient in the search")
     finetune: Finetune = Field(default=Finetune(), description="training with alpha frozen")
     run: Run = Field(default=Run(), description="seed, folder, checkpoints")
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 
@@ -47,11 +47,11 @@ def _sentence(*words: str, end: str = ".") -> str:
 def _predicate(rng: random.Random, lexicon: Lexicon) -> Callable[[bool], str]:
     """A predicate of a person that shows the number of its subject."""
     act, adjective, adverb, kind = _pick(rng, lexicon.acts), _pick(rng, ADJECTIVES), _pick(rng, ADVERBS), rng.random()
-    if kind < 0.4:
+    if kind < 0.25:
         return lambda plural: f"{adverb} {act.base if plural else act.third}"
-    if kind < 0.6:
+    if kind < 0.5:
         return lambda plural: f"{'have' if plural else 'has'} {act.participle}"
-    if kind < 0.8:
+    if kind < 0.75:
         return lambda plural: f"{'are' if plural else 'is'} {adjective}"
     return lambda plural: f"{'were' if plural else 'was'} {act.progressive}"
 
@@ -71,7 +71,7 @@ def _agreement_preposition(rng: random.Random, lexicon: Lexicon, cell: int) -> P
 
 
 def _agreement_relative(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
-    """Across a relative clause: "The doctor who the guards praise laughs." / "The doctor who the guards praise laugh"."""
+    """Across a relative clause: "The doctor who the guards praise laughs." / "... praise laugh"."""
     plural, attractor = bool(cell & 1), bool(cell & 2)
     subject, other = _two(rng, lexicon.people + lexicon.men + lexicon.women)
     deed, predicate = _pick(rng, lexicon.deeds), _predicate(rng, lexicon)
@@ -108,16 +108,16 @@ def _reflexive(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
 
 
 def _determiner_noun(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
-    """Number in a phrase: "They cleaned these old lamps." / "They cleaned this old lamps": determiner or noun is wrong."""
+    """Number in a phrase: "The judge broke these lamps." / "The judge broke this lamps" (or "these lamp")."""
     plural = bool(cell & 1)
     if cell & 4:
         determiner = _pick(rng, (("this", "these"), ("that", "those")))
-        noun, adjective = _pick(rng, lexicon.things), _pick(rng, THING_ADJECTIVES)
+        noun, adjective = _pick(rng, lexicon.things), _pick(rng, ("", _pick(rng, THING_ADJECTIVES)))
         subject, handling = _form(_pick(rng, lexicon.people), rng.random() < 0.5), _pick(rng, lexicon.handlings)
         frame = f"the {subject} {handling.past} {{}}"
     else:
         determiner = ("this", "these")  # "that polite bakers will wait" could be read as a clause
-        noun, adjective = _pick(rng, lexicon.people), _pick(rng, ADJECTIVES)
+        noun, adjective = _pick(rng, lexicon.people), _pick(rng, ("", _pick(rng, ADJECTIVES)))
         frame = f"{{}} {_pick(rng, ('will', 'should', 'could'))} {_pick(rng, lexicon.acts).base}"
 
     def phrase(determiner_plural: bool, noun_plural: bool) -> str:
@@ -128,7 +128,7 @@ def _determiner_noun(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
 
 
 def _polarity(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
-    """Scope: "No doctor who the guards praised has ever laughed." / "The doctor who no guards praised has ever laughed".
+    """Scope: "No doctor who the guards met has ever laughed." / "The doctor who no guards met has ever laughed".
 
     The words are the same, but in the second "ever" (or "any") stands outside the scope of the negation.
     """
@@ -168,9 +168,13 @@ def _verb_form(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
     auxiliary = (("has", "have"), ("will", "will"), ("is", "are"))[right][plural]
     subject = "the " + _form(_pick(rng, lexicon.people), plural)
     goal = "the " + _form(_pick(rng, lexicon.things), rng.random() < 0.5)
-    if cell // 6 % 2:
-        return tuple(_sentence(auxiliary, subject, form, goal, end="?") for form in (forms[right], forms[wrong]))
-    return tuple(_sentence(subject, auxiliary, adverb, form, goal) for form in (forms[right], forms[wrong]))
+
+    def clause(form: str) -> str:
+        if cell // 6 % 2:
+            return _sentence(auxiliary, subject, form, goal, end="?")
+        return _sentence(subject, auxiliary, adverb, form, goal)
+
+    return clause(forms[right]), clause(forms[wrong])
 
 
 def _there_quantifier(rng: random.Random, lexicon: Lexicon, cell: int) -> Pair:
@@ -221,7 +225,9 @@ PHENOMENA: dict[str, Callable[[random.Random, Lexicon, int], Pair]] = {
 
 def _split(seed: int, name: str, size: int) -> datasets.Dataset:
     rng = random.Random(f"agwm_jax.agreement/{seed}/{name}")
-    phenomena, seen, rows = list(PHENOMENA.items()), set(), []
+    phenomena = list(PHENOMENA.items())
+    seen: set[str] = set()
+    rows: list[dict[str, Any]] = []
     for number in range(size // 2):
         group, make = phenomena[number % len(phenomena)]
         for _ in range(ATTEMPTS):

@@ -59,7 +59,7 @@ def _integer(value: Any) -> int | None:
         return int(value) if value.is_integer() else None
     if isinstance(value, str):
         try:
-            return int(value)
+            return _integer(float(value))
         except ValueError:
             return None
     return None
@@ -84,8 +84,9 @@ def find_label_names(table: Table, column: str) -> tuple[str, ...]:
     if column in table.class_names:
         return table.class_names[column]
     values = _present(table, column)
+    numbers = {number for number in map(_integer, values) if number is not None}
     if all(_integer(value) is not None for value in values):
-        return tuple(str(number) for number in sorted({_integer(value) for value in values}))
+        return tuple(str(number) for number in sorted(numbers))
     return tuple(sorted({_name(value) for value in values}))
 
 
@@ -130,6 +131,17 @@ def scores(table: Table, column: str) -> list[float]:
     return labels
 
 
+def labelled(
+    table: Table, text_columns: Sequence[str], label_column: str, *, kind: str, label_names: Sequence[str]
+) -> datasets.Dataset:
+    """A data set with columns text, (text_pair) and label."""
+    if kind == "regression":
+        labels: list[Any] = scores(table, label_column)
+    else:
+        labels = class_labels(table, label_column, label_names)
+    return datasets.Dataset.from_dict({**texts(table, text_columns), "label": labels})
+
+
 def normalise(
     tables: dict[str, Table],
     *,
@@ -154,14 +166,9 @@ def normalise(
             raise AgwmError(f"label_names holds a name twice: {', '.join(names)}.")
     splits = {}
     for split, table in tables.items():
-        columns: dict[str, list[Any]] = dict(texts(table, text_columns))
-        if kind == "regression":
-            columns["label"] = scores(table, label_column)
-        else:
-            columns["label"] = class_labels(table, label_column, names)
+        splits[split] = labelled(table, text_columns, label_column, kind=kind, label_names=names)
         if group_column:
-            columns["group"] = [str(value) for value in table.columns[group_column]]
-        splits[split] = datasets.Dataset.from_dict(columns)
+            splits[split] = splits[split].add_column("group", [str(value) for value in table.columns[group_column]])
     check_training_labels(splits["train"]["label"], kind, names, tables["train"].source)
     return splits, names
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -48,11 +48,11 @@ def _token_lists(split: datasets.Dataset, tokenizer: Any, limit: int | None) -> 
     return {key: tokens[key] for key in ("input_ids", "token_type_ids") if key in tokens}
 
 
-def _pad_length(lengths: np.ndarray, *, max_length: int, pad_to: Literal["longest"] | float) -> int:
+def _pad_length(lengths: np.ndarray, *, max_length: int, pad_to: str | float) -> int:
     if pad_to == "longest":
         wanted = int(lengths.max())
     elif isinstance(pad_to, int | float) and not isinstance(pad_to, bool) and 0 < pad_to <= 1:
-        wanted = int(np.quantile(lengths, pad_to, method="higher"))
+        wanted = int(np.quantile(lengths, pad_to, method="inverted_cdf"))
     else:
         raise AgwmError(f"pad_to is {pad_to!r}: give 'longest' or a share of the examples in (0, 1], such as 0.95.")
     return min(math.ceil(wanted / MULTIPLE) * MULTIPLE, max_length)
@@ -63,8 +63,8 @@ def encode(
     tokenizer: Any,
     *,
     max_length: int = 128,
-    pad_to: Literal["longest"] | float = "longest",
-    kind: Literal["classification", "regression"] = "classification",
+    pad_to: str | float = "longest",
+    kind: str = "classification",
 ) -> tuple[Encoded, EncodingReport]:
     """Tokenise a split and pad (or cut) all examples to one length.
 
@@ -99,7 +99,6 @@ def encode(
         for key, cut in _token_lists(split.select(long), tokenizer, length).items():
             for row, ids in zip(long, cut, strict=True):
                 columns[key][row] = ids
-        lengths = np.minimum(lengths, length)
     arrays = {
         "input_ids": np.full((n, length), tokenizer.pad_token_id, np.int32),
         "token_type_ids": np.zeros((n, length), np.int32),
@@ -114,7 +113,7 @@ def encode(
 
 
 def encode_task(
-    task: Task, tokenizer: Any, *, max_length: int = 128, pad_to: Literal["longest"] | float = "longest"
+    task: Task, tokenizer: Any, *, max_length: int = 128, pad_to: str | float = "longest"
 ) -> tuple[dict[str, Encoded], dict[str, EncodingReport]]:
     """Tokenise all splits of a task: training at the length `pad_to` gives, all others at one common length.
 

@@ -160,7 +160,8 @@ def read_table(file: str | os.PathLike[str]) -> Table:
     """Read a table by the extension of its name.
 
     JSON Lines: one object a line, lines end with a line feed only. CSV: comma, quotes as RFC 4180. TSV: tab, no
-    quoting at all, quote characters are text. Both start with a header; an empty field is a missing value. All are UTF-8.
+    quoting at all, quote characters are text. Both start with a header; an empty field is a missing value. All are
+    UTF-8.
 
     Raises:
       AgwmError: missing or empty file, unknown extension, undecodable bytes, a bad line (with its number).

@@ -24,8 +24,8 @@ class Lexicon(NamedTuple):
     """The open-class words of one split; no noun or verb occurs in two splits.
 
     `people` have no grammatical gender, `men` and `women` fix the reflexive. `acts` are intransitive, `deeds` take a
-    person as object, `handlings` take a thing. Verbs with a ditransitive or benefactive use are left out of `handlings`,
-    for "is bought the lamps" must be unacceptable. `reports` are past forms that take a that-clause.
+    person as object, `handlings` take a thing. Verbs with a ditransitive or benefactive use are left out of
+    `handlings`, for "is bought the lamps" must be unacceptable. `reports` are past forms that take a that-clause.
     """
 
     people: tuple[Noun, ...]

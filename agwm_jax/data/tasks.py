@@ -4,16 +4,16 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from agwm_jax.data import columns
-from agwm_jax.data.files import Table, read_table, write_table
+from agwm_jax.data.files import Table, read_table
+from agwm_jax.data.predictions import read_texts as read_texts
+from agwm_jax.data.predictions import write_predictions as write_predictions
 from agwm_jax.errors import AgwmError
-
-Kind = Literal["classification", "regression"]
 
 
 class Task(NamedTuple):
@@ -30,24 +30,12 @@ class Task(NamedTuple):
     """
 
     name: str
-    kind: Kind
+    kind: str
     label_names: tuple[str, ...]
     pair: bool
     metrics: tuple[str, ...]
     report_split: str
     splits: dict[str, datasets.Dataset]
-
-
-class Texts(NamedTuple):
-    """Texts to label.
-
-    Attributes:
-      split: a data set with columns text and, for pairs, text_pair.
-      columns: all columns of the file as they were, for `write_predictions`.
-    """
-
-    split: datasets.Dataset
-    columns: dict[str, list[Any]]
 
 
 class _Glue(NamedTuple):
@@ -72,6 +60,8 @@ GLUE_TASKS = tuple(_GLUE)
 
 def glue_text_columns(name: str) -> tuple[str, ...]:
     """What the text columns of a GLUE task are called."""
+    if name not in _GLUE:
+        raise AgwmError(f"{name!r} is not a GLUE task: there are {', '.join(_GLUE)}.")
     return _GLUE[name].text_columns
 
 
@@ -85,20 +75,14 @@ def glue_task(name: str, *, revision: str | None = None) -> Task:
 
     Source: GLUE (arXiv 1804.07461), hub data set nyu-mll/glue.
     """
-    if name not in _GLUE:
-        raise AgwmError(f"{name!r} is not a GLUE task: there are {', '.join(_GLUE)}.")
-    spec = _GLUE[name]
+    text_columns, spec = glue_text_columns(name), _GLUE[name]
     splits = {"train": "train", "validation": "validation"}
     if name == "mnli":
-        splits = {
-            "train": "train",
-            "validation": "validation_matched",
-            "validation_mismatched": "validation_mismatched",
-        }
+        splits |= {"validation": "validation_matched", "validation_mismatched": "validation_mismatched"}
     task = hub_task(
         "nyu-mll/glue",
         name,
-        text_columns=spec.text_columns,
+        text_columns=text_columns,
         label_column="label",
         label_names=spec.label_names or None,
         kind="classification" if spec.label_names else "regression",
@@ -110,7 +94,7 @@ def glue_task(name: str, *, revision: str | None = None) -> Task:
     return task._replace(name=name)
 
 
-def _load_hub(path: str, name: str | None, revision: str | None) -> datasets.DatasetDict:
+def _load_hub(path: str, name: str | None, revision: str | None) -> dict[str, datasets.Dataset]:
     what = f"The data set {path}" + (f" ({name})" if name else "")
     try:
         if Path(path).is_dir():  # nothing of a local folder is worth a copy in the user's cache
@@ -130,7 +114,7 @@ def _load_hub(path: str, name: str | None, revision: str | None) -> datasets.Dat
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise AgwmError(f"{what} cannot be loaded: {reason[:500]}") from error
-    return loaded
+    return dict(loaded)
 
 
 def hub_task(
@@ -139,7 +123,7 @@ def hub_task(
     *,
     text_columns: str | Sequence[str],
     label_column: str = "label",
-    kind: Kind = "classification",
+    kind: str = "classification",
     label_names: Sequence[str] | None = None,
     group_column: str | None = None,
     metrics: Sequence[str] | None = None,
@@ -196,7 +180,7 @@ def local_task(
     name: str = "local",
     text_columns: str | Sequence[str],
     label_column: str = "label",
-    kind: Kind = "classification",
+    kind: str = "classification",
     label_names: Sequence[str] | None = None,
     group_column: str | None = None,
     metrics: Sequence[str] | None = None,
@@ -215,16 +199,14 @@ def local_task(
       report_split: default test if there is one, else validation.
 
     Raises:
-      AgwmError: see `files.read_table`; two splits in one file, missing column, text or label, a label outside the mapping.
+      AgwmError: see `files.read_table`; two splits in one file; missing column, text or label; unknown label.
     """
     text_columns = columns.check_text_columns(text_columns)
     resolved: dict[Path, str] = {}
     for split, file in files.items():
         first = resolved.setdefault(Path(file).resolve(), split)
         if first != split:
-            raise AgwmError(
-                f"The splits {first!r} and {split!r} are the same file, {file}: scores on it would mean nothing."
-            )
+            raise AgwmError(f"The splits {first!r} and {split!r} are the same file, {file}: scores would mean nothing.")
     return _task(
         name,
         {split: read_table(file) for split, file in files.items()},
@@ -238,12 +220,25 @@ def local_task(
     )
 
 
+def read_labelled(
+    file: str | os.PathLike[str], task: Task, *, text_columns: str | Sequence[str], label_column: str = "label"
+) -> datasets.Dataset:
+    """A labelled file as one more split of a task, with the task's classes, whatever labels it holds.
+
+    Raises:
+      AgwmError: see `local_task`.
+    """
+    names, table = columns.check_text_columns(text_columns), read_table(file)
+    columns.check_columns(list(table.columns), [*names, label_column], table.source)
+    return columns.labelled(table, names, label_column, kind=task.kind, label_names=task.label_names)
+
+
 def _task(
     name: str,
     tables: dict[str, Table],
     *,
     text_columns: tuple[str, ...],
-    kind: Kind,
+    kind: str,
     metrics: Sequence[str] | None,
     report_split: str | None,
     **options: Any,
@@ -275,8 +270,9 @@ def low_resource(task: Task, *, train_size: int, seed: int) -> Task:
         raise AgwmError(f"train_size is {train_size}: give 1 or more.")
     if train_size + development_size > available:
         raise AgwmError(
-            f"train_size {train_size} and a development split of {development_size} need {train_size + development_size} "
-            f"examples, the training split of {task.name} has {available}: give train_size {available * 6 // 7} or less."
+            f"train_size {train_size} and a development split of {development_size} need "
+            f"{train_size + development_size} examples, the training split of {task.name} has {available}: give "
+            f"train_size {available * 6 // 7} or less."
         )
     order = np.random.default_rng(seed).permutation(available)
     train = task.splits["train"].select(order[:train_size])
@@ -305,62 +301,3 @@ def drop_leaked(task: Task) -> Task:
     train = train.select(kept)
     columns.check_training_labels(train["label"], task.kind, task.label_names, f"{task.name} without leaked examples")
     return task._replace(splits={**task.splits, "train": train})
-
-
-def read_texts(file: str | os.PathLike[str], *, text_columns: str | Sequence[str]) -> Texts:
-    """Texts to label from a file; all its columns are kept for `write_predictions`.
-
-    Raises:
-      AgwmError: see `files.read_table`; a column or a text is missing.
-    """
-    names, table = columns.check_text_columns(text_columns), read_table(file)
-    columns.check_columns(list(table.columns), names, table.source)
-    return Texts(datasets.Dataset.from_dict(columns.texts(table, names)), table.columns)
-
-
-def read_labelled(
-    file: str | os.PathLike[str], task: Task, *, text_columns: str | Sequence[str], label_column: str
-) -> datasets.Dataset:
-    """Labelled examples of a task from a file, to score a model on; columns as the splits of a task have them.
-
-    Raises:
-      AgwmError: see `files.read_table`; a column, text or label is missing, or a label outside the task's classes.
-    """
-    names, table = columns.check_text_columns(text_columns), read_table(file)
-    columns.check_columns(list(table.columns), [*names, label_column], table.source)
-    labels: Sequence[int | float]
-    if task.kind == "regression":
-        labels = columns.scores(table, label_column)
-    else:
-        labels = columns.class_labels(table, label_column, task.label_names)
-    return datasets.Dataset.from_dict({**columns.texts(table, names), "label": labels})
-
-
-def write_predictions(
-    file: str | os.PathLike[str],
-    texts: Texts,
-    *,
-    predictions: Sequence[str] | Sequence[float],
-    probabilities: Any = None,
-    label_names: Sequence[str] = (),
-) -> None:
-    """Write the columns read by `read_texts`, then `prediction` and a column `probability_<class>` for each class.
-
-    Args:
-      file: the extension gives the format.
-      predictions: [n] class names, or scores for regression.
-      probabilities: [n, c], None for regression.
-
-    Raises:
-      AgwmError: a column of this name is in the file already, or the file cannot be written.
-    """
-    added: dict[str, list[Any]] = {"prediction": list(np.asarray(predictions).tolist())}
-    if probabilities is not None:
-        for name, column in zip(label_names, np.asarray(probabilities, np.float64).T, strict=True):
-            added[f"probability_{name}"] = [round(value, 6) for value in column.tolist()]
-    taken = [name for name in added if name in texts.columns]
-    if taken:
-        raise AgwmError(
-            f"The texts already have the column {', '.join(map(repr, taken))}: rename it, it would be overwritten."
-        )
-    write_table(file, {**texts.columns, **added})

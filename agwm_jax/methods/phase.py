@@ -8,8 +8,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from agwm_jax.core.partition import Partition
 from agwm_jax.core.types import Alpha, Batch, Params, Scalar
 
-Plan = Mapping[str, Int[Any, "steps *k b"]]
-"""Rows of the training set for every step, by the name of the batch; -1 is padding of a last short batch."""
+Plan = Mapping[str, Int[Any, "_ ..."]]
+"""Rows of the training set for every step, ``[steps, *k, b]`` by the name of the batch; -1 pads a last short one."""
 
 Batches = Mapping[str, Batch]
 """One step's batches, by the names of the plan."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from agwm_jax.errors import AgwmError
 
-# Names as in Hugging Face's config.json. BERT's "gelu" is the exact one (erf); the other two are the tanh approximation.
+# Names as in Hugging Face's config.json. BERT's "gelu" is the exact one (erf), the other two the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -26,7 +26,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_REFUSED = {"is_decoder": True, "add_cross_attention": True}
+_COUNTS = (*_SIZES, "max_position_embeddings", "type_vocab_size")
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+_POSITIVE = ("initializer_range", "layer_norm_eps")
+_REFUSED = ("is_decoder", "add_cross_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,29 +51,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        faults = []
-        for name in (*_SIZES, "max_position_embeddings", "type_vocab_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            value = getattr(self, name)
-            if name == "classifier_dropout" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                faults.append(f"{name} is {value!r}, expected a number in [0, 1)")
-        for name in ("initializer_range", "layer_norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                faults.append(f"{name} is {value!r}, expected a number above 0")
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
-            faults.append(f"hidden_act is {self.hidden_act!r}, known are {', '.join(ACTIVATIONS)}")
-        if not faults and self.hidden_size % self.num_attention_heads:
-            faults.append(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        if faults:
-            raise AgwmError("BERT configuration not usable: " + "; ".join(faults) + ".")
+        _refuse(_value_faults(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
@@ -88,10 +69,13 @@ class BertConfig:
         position = values.get("position_embedding_type", "absolute")
         if position not in ("absolute", None):
             faults.append(f"position_embedding_type is {position!r}, only 'absolute' is supported")
-        if faults:
-            raise AgwmError("BERT configuration not usable: " + "; ".join(faults) + ".")
-        known = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: values[name] for name in known if name in values})
+        _refuse(faults)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        used = {name: values.get(name, default) for name, default in defaults.items()}
+        _refuse(_value_faults(used))
+        for name in (*_RATES, *_POSITIVE):
+            used[name] = None if used[name] is None else float(used[name])
+        return cls(**used)
 
     def with_dropout(self, rate: float | None) -> "BertConfig":
         """The same configuration with all three dropout rates set to `rate`; None changes nothing."""
@@ -100,6 +84,35 @@ class BertConfig:
         return dataclasses.replace(
             self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate
         )
+
+
+def _value_faults(values: Mapping[str, Any]) -> list[str]:
+    def is_number(value: Any, kind: Any) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool)
+
+    faults = [
+        f"{name} is {values[name]!r}, expected a whole number of at least 1"
+        for name in _COUNTS
+        if not is_number(values[name], int) or values[name] < 1
+    ]
+    for name in _RATES:
+        optional = name == "classifier_dropout" and values[name] is None
+        if not optional and not (is_number(values[name], int | float) and 0 <= values[name] < 1):
+            faults.append(f"{name} is {values[name]!r}, expected a number in [0, 1)")
+    for name in _POSITIVE:
+        if not (is_number(values[name], int | float) and values[name] > 0):
+            faults.append(f"{name} is {values[name]!r}, expected a number above 0")
+    if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
+        faults.append(f"hidden_act is {values['hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if not faults and width % heads:
+        faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return faults
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise AgwmError("BERT configuration not usable: " + "; ".join(faults) + ".")
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:

@@ -23,7 +23,7 @@ _DENSE = {
 _NORM = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
 
 # Path of ours -> (name in the file, is it stored transposed). "{}" stands for the layer number; PyTorch keeps a dense
-# layer's weight as [d_out, d_in]. Names are those of the bare encoder, the prefix "bert." is put on or taken off outside.
+# layer's weight as [d_out, d_in]. Names are those of the bare encoder, without the prefix "bert.".
 TABLE: dict[str, tuple[str, bool]] = {
     "embeddings.word.embedding": ("embeddings.word_embeddings.weight", False),
     "embeddings.position.embedding": ("embeddings.position_embeddings.weight", False),
@@ -149,9 +149,8 @@ def to_tensors(params: Mapping[str, Array]) -> dict[str, np.ndarray]:
     for path, value in params.items():
         name, transposed = TABLE[path]
         name = name if path in HEAD else f"bert.{name}"
-        value = np.asarray(value, np.float32)
-        layers = enumerate(value) if "{}" in name else [("", value)]
-        for i, tensor in layers:
+        array = np.asarray(value, np.float32)
+        for i, tensor in enumerate(array if "{}" in name else array[None]):
             tensors[name.format(i)] = np.ascontiguousarray(tensor.T if transposed else tensor)
     return tensors
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -12,7 +11,7 @@ from agwm_jax.errors import AgwmError
 Apply = Callable[..., Float[Array, "b c"]]
 
 
-def functionalize(module: nnx.Module) -> tuple[Apply, dict[str, Array]]:
+def functionalize(module: nnx.Module) -> tuple[Apply, dict[str, Any]]:
     """Split a module once into a pure function and its parameters.
 
     Use `jax.jit` and `jax.grad` on the result; `nnx.jit` and `nnx.grad` would need about twice the temporaries.
@@ -29,6 +28,7 @@ def functionalize(module: nnx.Module) -> tuple[Apply, dict[str, Array]]:
     Raises:
         AgwmError: by `apply`, if the paths are not exactly those of the module.
 
+    >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> class Head(nnx.Module):
     ...     def __init__(self, rngs):
@@ -38,10 +38,10 @@ def functionalize(module: nnx.Module) -> tuple[Apply, dict[str, Array]]:
     >>> apply, params = functionalize(Head(nnx.Rngs(0)))
     >>> sorted(params)
     ['classifier.bias', 'classifier.kernel']
-    >>> apply(params, {"x": jax.numpy.ones((4, 3))}).shape
+    >>> apply(params, {"x": jnp.ones((4, 3))}).shape
     (4, 2)
     """
-    graph, state, rest = nnx.split(module, nnx.Param, ...)
+    graph, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]  # flax's own annotation
     variables = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
     def apply(params: Mapping[str, Array], batch: Any, *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
@@ -50,7 +50,9 @@ def functionalize(module: nnx.Module) -> tuple[Apply, dict[str, Array]]:
                 f"The parameters do not belong to this model: missing {sorted(variables.keys() - params.keys())}, "
                 f"unknown {sorted(params.keys() - variables.keys())}."
             )
-        state = nnx.from_flat_state([(path, variable.replace(params[name])) for name, (path, variable) in variables.items()])
+        state = nnx.from_flat_state(
+            [(path, variable.replace(params[name])) for name, (path, variable) in variables.items()]
+        )
         return nnx.merge(graph, state, rest)(batch, key=key)
 
     return apply, {name: variable.get_value() for name, (_, variable) in variables.items()}

@@ -210,11 +210,15 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except GatedRepoError as error:
-        raise AgwmError(f"The hub gives '{name}' only to those who accepted its terms and are logged in; {local}.") from error
+        raise AgwmError(
+            f"The hub gives '{name}' only to those who accepted its terms and are logged in; {local}."
+        ) from error
     except RevisionNotFoundError as error:
         raise AgwmError(f"The hub has '{name}' but no revision '{revision}' of it; {local}.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise AgwmError(f"'{name}' is neither a folder here nor a model on the hub; check the name, {local}.") from error
+        raise AgwmError(
+            f"'{name}' is neither a folder here nor a model on the hub; check the name, {local}."
+        ) from error
     except Exception as error:
         # Offline mode, name resolution, time-outs and proxies raise exceptions of several libraries.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

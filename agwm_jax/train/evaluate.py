@@ -17,7 +17,9 @@ from agwm_jax.core.mixup import mix
 from agwm_jax.core.partition import partition
 from agwm_jax.core.types import Params
 from agwm_jax.data.encode import Encoded, encode
-from agwm_jax.data.tasks import Task, read_labelled, read_texts, write_predictions
+from agwm_jax.data.plan import evaluation_plan
+from agwm_jax.data.predictions import read_texts, write_predictions
+from agwm_jax.data.tasks import Task, read_labelled
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.phase import Weights
 from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
@@ -42,16 +44,14 @@ def predict_logits(
 ) -> Float[np.ndarray, "n c"]:
     """Logits of every example of a split, without dropout."""
     n = len(encoded.input_ids)
-    batch_size = min(batch_size, n)
-    rows = np.full(-(-n // batch_size) * batch_size, -1, np.int32)
-    rows[:n] = np.arange(n)
+    rows = evaluation_plan(n, batch_size=min(batch_size, n))
     data = columns_on_device(encoded)
 
     @jax.jit
     def all_logits(params, data, rows):
         return jax.lax.map(lambda r: apply(params, gather(data, r)), rows)
 
-    logits = all_logits(params, data, jnp.asarray(rows.reshape(-1, batch_size)))
+    logits = all_logits(params, data, jnp.asarray(rows))
     return np.asarray(logits).reshape(-1, logits.shape[-1])[:n]
 
 
@@ -106,7 +106,7 @@ def evaluate_run(run: Path, split: str | None = None, file: Path | None = None) 
         task = task._replace(splits={name: labelled})
     if name not in task.splits:
         raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(task.splits)}.")
-    logits = _logits(config, pretrained, params, task.splits[name])
+    logits = _logits(config, task, pretrained, params, task.splits[name])
     overall, groups = scores(task, name, logits)
     return {"task": task.name, "split": name, "n": len(logits), "scores": overall, "groups": groups}
 
@@ -122,7 +122,7 @@ def predict_run(run: Path, input_file: Path, output_file: Path) -> int:
     """
     config, task, pretrained, params = load_run(run)
     texts = read_texts(input_file, text_columns=text_and_label_columns(config)[0])
-    logits = _logits(config, pretrained, params, texts.split)
+    logits = _logits(config, task, pretrained, params, texts.split)
     if task.kind == "regression":
         write_predictions(output_file, texts, predictions=[float(x) for x in logits[:, 0]])
     else:
@@ -151,10 +151,10 @@ def export_run(run: Path, folder: Path) -> str | None:
 
 def export(folder: Path, task: Task, pretrained: Pretrained, params: Params) -> str | None:
     """As `export_run`, from what is in memory."""
-    save_pretrained(folder, params, pretrained, label_names=task.label_names)
+    save_pretrained(folder, params, pretrained, label_names=task.label_names or None)
     return transformers_compatible(pretrained)
 
 
-def _logits(config: Config, pretrained: Pretrained, params: Params, split) -> np.ndarray:
-    encoded, _ = encode(split, pretrained.tokenizer, max_length=config.data.max_length)
+def _logits(config: Config, task: Task, pretrained: Pretrained, params: Params, split) -> np.ndarray:
+    encoded, _ = encode(split, pretrained.tokenizer, max_length=config.data.max_length, kind=task.kind)
     return predict_logits(pretrained.apply, params, encoded, batch_size=config.data.eval_batch_size)

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from agwm_jax.diagnostics import search_warnings
+
 
 class Recorder:
     """Writes the records of one run; a context manager.
@@ -41,6 +43,7 @@ class Recorder:
             disable=not progress,
         )
         self._bars: dict[str, TaskID] = {}
+        self._warned: set[tuple[str, str]] = set()
 
     def __enter__(self):
         """Show the bars."""
@@ -76,6 +79,14 @@ class Recorder:
         last = infos[-1]
         losses = f"loss {last['loss']:.4f}" + (f"  outer {last['outer_loss']:.4f}" if "outer_loss" in last else "")
         self._progress.update(self._bars[phase], completed=step + len(infos), losses=losses)
+        self._warn(phase)
+
+    def _warn(self, phase: str) -> None:
+        """Name a failure signature the first time that a phase shows it."""
+        for warning in search_warnings([record for record in self.records if record["phase"] == phase]):
+            if (phase, warning.name) not in self._warned:
+                self._warned.add((phase, warning.name))
+                self.say(f"warning: {warning.message} [{warning.name}]")
 
 
 def _records_before(path: Path, global_step: int) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
         Interrupted: Ctrl-C; the state is saved.
     """
     folder = Path(config.run.output)
-    run_folder.claim(folder, config)
+    run_folder.check(folder, config)
     finished = run_folder.read_result(folder)
     if finished is not None:
         return finished
@@ -53,6 +53,7 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     began = time.perf_counter()
     built = build(config)
     prepared = time.perf_counter() - began
+    run_folder.claim(folder, config)  # not before: settings or data that are refused leave no folder behind
     checkpoints = Checkpoints(
         folder / "checkpoints", keep=config.run.keep_checkpoints, fingerprint=_data_fingerprint(built)
     )
@@ -125,8 +126,20 @@ def _result(
         "versions": {"python": platform.python_version(), **_versions()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
         "git_commit": _git_commit(),
-        "warnings": [warning._asdict() for warning in search_warnings(records)],
+        "warnings": [*_truncations(built), *(warning._asdict() for warning in search_warnings(records))],
     }
+
+
+def _truncations(built: Built) -> list[dict[str, str]]:
+    return [
+        {
+            "name": "texts_truncated",
+            "message": f"{report.truncated} of {report.examples} texts of the split {split} were cut to {report.length} tokens "
+            f"(the longest has {report.longest}): raise data.max_length or data.pad_to.",
+        }
+        for split, report in built.encoding.items()
+        if report.truncated
+    ]
 
 
 def _set_compilation_cache(folder: str | None) -> None:

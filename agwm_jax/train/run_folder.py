@@ -19,11 +19,11 @@ from agwm_jax.methods.phase import Weights
 ALPHA_FORMAT = "agwm_jax.alpha.v1"
 
 
-def claim(folder: Path, config: Config) -> None:
-    """Make `folder` the folder of this run, or check that it already is.
+def check(folder: Path, config: Config) -> None:
+    """Refuse a folder that holds a run of another configuration, or files that are no run: nothing is overwritten.
 
     Raises:
-        AgwmError: it holds a run of another configuration, or files that are no run. Nothing is ever overwritten.
+        AgwmError: saying which settings differ.
     """
     saved = folder / "config.yaml"
     if saved.exists():
@@ -36,8 +36,13 @@ def claim(folder: Path, config: Config) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise AgwmError(f"{folder} is not empty and is no run folder; choose another --run.output.")
+
+
+def claim(folder: Path, config: Config) -> None:
+    """Make `folder` the folder of this run."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(saved, dump_config(config))
+    if not (folder / "config.yaml").exists():
+        write_text(folder / "config.yaml", dump_config(config))
 
 
 def read_config(folder: Path) -> Config:

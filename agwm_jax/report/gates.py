@@ -1,0 +1,96 @@
+"""Statistics of a saved alpha: mean A per layer and module, and the histogram of all entries of A."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from agwm_jax.errors import AgwmError
+from agwm_jax.report.runs import Run
+
+# The order in which a sentence passes through the modules of a layer.
+MODULES = ("query", "key", "value", "attention_output", "intermediate", "output")
+BINS = 1000
+
+
+class Gates(NamedTuple):
+    """Mean A: `layers` module -> [l], `single` module without layers (pooler) -> mean; `counts` [BINS] over [0, 1]."""
+
+    layers: dict[str, np.ndarray]
+    single: dict[str, float]
+    counts: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean of all entries of A, from the histogram (to half a bin)."""
+        centres = (np.arange(BINS) + 0.5) / BINS
+        return float((self.counts * centres).sum() / self.counts.sum())
+
+    def share(self, low: float, high: float) -> float:
+        """Share of the entries of A with low <= A < high (1 counts as below 1)."""
+        first, last = round(low * BINS), round(high * BINS)
+        return float(self.counts[first:last].sum() / self.counts.sum())
+
+
+def read_gates(run: Run) -> Gates | None:
+    """Statistics of `run`'s alpha.safetensors; None when the method saved none.
+
+    Raises:
+        AgwmError: a file that is no safetensors file, is cut off, or holds a factor without its partner.
+    """
+    path = run.folder / "alpha.safetensors"
+    if not path.exists():
+        return None
+    layers: dict[str, np.ndarray] = {}
+    single: dict[str, float] = {}
+    counts = np.zeros(BINS)
+    try:
+        for name, stacked, matrices in _matrices(path):
+            means = []
+            for matrix in matrices:
+                means.append(float(matrix.mean(dtype=np.float64)))
+                counts += np.histogram(np.clip(matrix, 0.0, 1.0), bins=BINS, range=(0.0, 1.0))[0]
+            if stacked:
+                layers[name] = np.array(means)
+            else:
+                single[name] = means[0]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise AgwmError(
+            f"{path} is not a readable alpha file ({error}): remove the run folder or train it again."
+        ) from error
+    if not counts.sum():
+        raise AgwmError(f"{path} holds no alpha at all: remove the run folder or train it again.")
+    known = [name for name in MODULES if name in layers]
+    return Gates({name: layers[name] for name in [*known, *sorted(set(layers) - set(known))]}, single, counts)
+
+
+def mean_gates(gates: Sequence[Gates]) -> Gates:
+    """Mean over seeds of the means, sum of the histograms."""
+    first = gates[0]
+    layers = {name: np.mean([each.layers[name] for each in gates], axis=0) for name in first.layers}
+    single = {name: float(np.mean([each.single[name] for each in gates])) for name in first.single}
+    return Gates(layers, single, np.sum([each.counts for each in gates], axis=0))
+
+
+def _matrices(path: Path) -> Iterator[tuple[str, bool, Iterator[np.ndarray]]]:
+    """(module name, has a layer axis, the matrices A): one layer at a time, for a large model needs the memory."""
+    with safe_open(path, framework="numpy") as file:
+        for key in sorted(file.keys()):
+            stem, _, kind = key.rpartition(".")
+            if kind == "right":
+                file.get_slice(f"{stem}.left")
+            if kind not in ("left", "full"):
+                continue
+            left = np.asarray(file.get_tensor(key), dtype=np.float32)
+            right = np.asarray(file.get_tensor(f"{stem}.right"), dtype=np.float32) if kind == "left" else None
+            parts = stem.split(".")
+            name = parts[-2] if parts[-1] == "kernel" and len(parts) > 1 else parts[-1]
+            stacked = left.ndim == 3
+            yield name, stacked, _layers(left, right, stacked)
+
+
+def _layers(left: np.ndarray, right: np.ndarray | None, stacked: bool) -> Iterator[np.ndarray]:
+    for index in range(len(left)) if stacked else (...,):
+        yield left[index] if right is None else left[index] @ right[index] / right.shape[-2]

@@ -1,0 +1,158 @@
+"""Run folders: what a run was told to do, how it ended, and what it wrote on the way."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from agwm_jax.errors import AgwmError
+
+
+class Run(NamedTuple):
+    """One run folder: its settings and, when it is finished, its result."""
+
+    folder: Path
+    config: dict[str, str]
+    method: str
+    task: str
+    seed: int
+    result: dict[str, Any] | None
+
+    @property
+    def score(self) -> float:
+        """Main-metric score on the reported split (NaN when the run ended without one)."""
+        return _number((self.result or {}).get("score"))
+
+    @property
+    def train_size(self) -> str:
+        """Number of training examples as text, or "all"."""
+        size = (self.result or {}).get("train_size", self.config.get("task.train_size"))
+        return "all" if size in (None, "None", "null") else str(size)
+
+    @property
+    def model(self) -> str:
+        """Name of the pretrained model."""
+        return str((self.result or {}).get("model", self.config.get("model.path", self.config.get("model.name", "?"))))
+
+    def seconds(self, phase: str) -> float:
+        """Seconds of all phases that start with `phase` (search-0, search-1, ...); NaN when there is none."""
+        times = [_number(value) for key, value in self._table("seconds").items() if key.split("-")[0] == phase]
+        return sum(times) if times else math.nan
+
+    def groups(self) -> dict[str, float]:
+        """Accuracy (or the first metric there is) of each group of the reported split."""
+        found = {}
+        groups = self._table("groups").get(str((self.result or {}).get("split")), {})
+        for group, values in (groups if isinstance(groups, dict) else {}).items():
+            metrics = {key: value for key, value in values.items() if key != "n"}
+            if metrics:
+                found[str(group)] = _number(metrics.get("accuracy", next(iter(metrics.values()))))
+        return found
+
+    def _table(self, key: str) -> dict[str, Any]:
+        value = (self.result or {}).get(key)
+        return value if isinstance(value, dict) else {}
+
+
+def read_run(folder: Path) -> Run | None:
+    """Reads config.yaml and, if it is there, result.json; None when the config is not that of a run."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise AgwmError(
+            f"{path}{line} cannot be read as YAML ({_short(error)}): restore it or remove the folder."
+        ) from error
+    flat = _flatten(config) if isinstance(config, Mapping) else {}
+    method = flat.get("method.name", flat.get("method"))
+    # The generated task has no name of its own, only a source.
+    task = next(
+        (flat[key] for key in ("task.name", "task.path", "task.source", "task") if flat.get(key, "None") != "None"),
+        None,
+    )
+    if not method or not task:
+        return None
+    result = None
+    if (folder / "result.json").exists():
+        result = _load_json((folder / "result.json"), _read(folder / "result.json"))
+        if not isinstance(result, dict):
+            raise AgwmError(
+                f"{folder / 'result.json'} holds a {type(result).__name__}, a mapping was expected: remove the file."
+            )
+    seed = (result or {}).get("seed", flat.get("run.seed", flat.get("seed", "0")))
+    try:
+        seed = int(seed)
+    except (TypeError, ValueError) as error:
+        raise AgwmError(f"{path}: seed is {seed!r}, a whole number was expected.") from error
+    task = str((result or {}).get("task", task))
+    return Run(folder, flat, str((result or {}).get("method", method)), task, seed, result)
+
+
+def read_records(run: Run) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; of a step that a resumed run wrote twice, the last. Empty when there is no such file.
+
+    Raises:
+        AgwmError: a line that is not a JSON object, with file and line number.
+    """
+    path = run.folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records: dict[tuple[str, int], dict[str, Any]] = {}
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        record = _load_json(path, line, first_line=number)
+        if not isinstance(record, dict) or "phase" not in record or not isinstance(record.get("step"), int):
+            raise AgwmError(
+                f"{path}, line {number}: an object with `phase` and a whole `step` was expected: remove the line."
+            )
+        records[record["phase"], record["step"]] = record
+    return sorted(records.values(), key=lambda record: (_phase_key(record["phase"]), record["step"]))
+
+
+def _flatten(value: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, child in value.items():
+        path = f"{prefix}{key}"
+        if isinstance(child, Mapping):
+            flat.update(_flatten(child, f"{path}."))
+        else:
+            flat[path] = str(child)
+    return flat
+
+
+def _phase_key(phase: str) -> tuple[str, int]:
+    stem, _, number = phase.partition("-")
+    # Search comes before finetune, and split 10 after split 9.
+    return ("0" if stem == "search" else "1" + stem, int(number) if number.isdigit() else 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AgwmError(f"{path} cannot be read ({_short(error)}): restore it or remove the run folder.") from error
+
+
+def _load_json(path: Path, text: str, *, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise AgwmError(
+            f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg}). The file is damaged or "
+            "was cut off: remove the run folder or train it again."
+        ) from error
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,115 @@
+"""How a figure looks: a colour and marker per method, type that reads at 900 pixels, saving without side effects."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from agwm_jax.errors import AgwmError
+from agwm_jax.report.groups import BASELINE, CONTROL
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 9.0  # inches; at 900 pixels a point of type is 1.4 pixels
+INK, FAINT = "#222222", "#8a8a8a"
+# Okabe and Ito's palette, which the common colour blindnesses keep apart (its yellow is too pale for lines).
+_FIXED = {BASELINE: ("#555555", "o"), CONTROL: ("#E69F00", "s"), "agwm": ("#0072B2", "D")}
+_OTHERS = (
+    ("#D55E00", "^"),
+    ("#009E73", "v"),
+    ("#CC79A7", "P"),
+    ("#56B4E9", "X"),
+    ("#6A3D9A", "<"),
+    ("#8C510A", ">"),
+    ("#01665E", "h"),
+)
+_RC: dict[str, Any] = {
+    "font.size": 11.0,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8.0,
+    "axes.labelsize": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 180,
+    "savefig.dpi": 180,
+}
+
+
+class Look(NamedTuple):
+    """Colour and marker of a method, the same in every figure of a report."""
+
+    color: str
+    marker: str
+
+
+def looks(methods: Sequence[str]) -> dict[str, Look]:
+    """A look for each method; the baseline, the control and agwm always have the same."""
+    others = [method for method in methods if method not in _FIXED]
+    chosen = {method: Look(*_FIXED[method]) for method in methods if method in _FIXED}
+    return chosen | {method: Look(*_OTHERS[i % len(_OTHERS)]) for i, method in enumerate(others)}
+
+
+@contextlib.contextmanager
+def private_matplotlib() -> Iterator[None]:
+    """Imports Matplotlib without a trace: its cache goes to a temporary folder, the user's settings stay unread."""
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="agwm-matplotlib-") as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            import matplotlib.figure  # noqa: F401  (the import is the purpose: it reads and writes that folder)
+
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
+
+
+def save(path: Path, height: float, draw: "Callable[[Figure], None]", *, width: float = WIDTH) -> Path:
+    """Draws a figure of `width` x `height` inches and writes it as PNG.
+
+    Raises:
+        AgwmError: the file cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # From the defaults, not from the user's matplotlibrc: the same runs give the same picture everywhere.
+    settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+    with matplotlib.rc_context(settings | _RC):
+        figure = Figure(figsize=(width, height))
+        draw(figure)
+        try:
+            figure.savefig(path, format="png")
+        except OSError as error:
+            raise AgwmError(f"{path} cannot be written ({error.strerror}): choose another output folder.") from error
+    return path
+
+
+def headline(figure: "Figure", text: str, *, size: float = 13.0) -> None:
+    """The point of a figure, over all its panels."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=size, fontweight="bold", color=INK)
+
+
+def note(axes: "Axes", text: str, x: float, y: float, **settings: Any) -> None:
+    """A small remark inside a panel, at axes coordinates."""
+    axes.text(x, y, text, transform=axes.transAxes, fontsize=9.5, color=FAINT, **settings)

@@ -1,0 +1,206 @@
+"""The numbers of a report: summaries per method, paired bootstrap intervals, Markdown tables, the CSV of all runs."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from agwm_jax.report.groups import BASELINE, Collection, Group
+from agwm_jax.report.runs import Run
+
+RESAMPLES = 10_000
+MIN_PAIRS = 3
+
+
+class Difference(NamedTuple):
+    """Mean paired difference to the baseline over `n` common seeds; `low`, `high` are NaN below MIN_PAIRS seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class Summary(NamedTuple):
+    """One row of the results table; scores as in result.json (not in points), times in seconds, memory in bytes."""
+
+    method: str
+    n: int
+    mean: float
+    std: float
+    difference: Difference | None
+    seconds: dict[str, float]
+    peak_memory: float
+
+
+def paired_difference(
+    scores: Mapping[int, float], baseline: Mapping[int, float], *, seed: int = 0
+) -> Difference | None:
+    """Mean of score - baseline over the common seeds, with a 95 % percentile-bootstrap interval over those seeds.
+
+    Args:
+        scores: seed -> score of a method.
+        baseline: seed -> score of the baseline.
+        seed: of the resampling, so that a report of the same runs is the same report.
+
+    Returns:
+        None without a common seed; without an interval (NaN) below MIN_PAIRS common seeds.
+    """
+    common = sorted(set(scores) & set(baseline))
+    if not common:
+        return None
+    values = np.array([scores[key] - baseline[key] for key in common], dtype=np.float64)
+    low = high = math.nan
+    if len(values) >= MIN_PAIRS:
+        rows = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+        low, high = (float(bound) for bound in np.quantile(values[rows].mean(axis=1), [0.025, 0.975]))
+    return Difference(float(values.mean()), low, high, len(values))
+
+
+def summarize(group: Group) -> list[Summary]:
+    """One summary a method of `group`, in the order of its methods."""
+    rows = []
+    for method, runs in group.methods.items():
+        name = group.baseline(method)
+        baseline = {run.seed: run.score for run in group.methods.get(name or "", [])}
+        scores = np.array([run.score for run in runs])
+        own = {run.seed: run.score for run in runs}
+        difference = None if runs[0].method == BASELINE else paired_difference(own, baseline)
+        times = {phase: _mean([run.seconds(phase) for run in runs]) for phase in ("search", "finetune", "total")}
+        memory = [_memory(run) for run in runs]
+        std = float(scores.std(ddof=1)) if len(scores) > 1 else math.nan
+        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, _max(memory)))
+    return rows
+
+
+def results_table(group: Group) -> str:
+    """Markdown table of `group`: one row a method; scores and differences in points (times 100)."""
+    head = (
+        "method",
+        "mean",
+        "std",
+        "n seeds",
+        f"difference to {BASELINE}",
+        "search s",
+        "finetune s",
+        "total s",
+        "peak memory",
+    )
+    rows = []
+    for row in summarize(group):
+        times = [f"{row.seconds[phase]:.1f}" for phase in ("search", "finetune", "total")]
+        memory = f"{row.peak_memory / 2**30:.2f} GiB"
+        cells = [
+            row.method,
+            f"{100 * row.mean:.2f}",
+            f"{100 * row.std:.2f}",
+            str(row.n),
+            difference_text(row),
+            *times,
+            memory,
+        ]
+        rows.append(["-" if "nan" in cell.split() else cell for cell in cells])
+    return _markdown(head, rows)
+
+
+def difference_text(row: Summary) -> str:
+    """The difference cell: "+1.20 [+0.31, +2.05], n = 5", or why there is no interval."""
+    difference = row.difference
+    if difference is None:
+        return "-" if row.method.split(" (")[0] == BASELINE else f"n/a (no {BASELINE} run to pair with)"
+    text = f"{100 * difference.mean:+.2f}"
+    if math.isnan(difference.low):
+        return f"{text}, interval n/a (n < {MIN_PAIRS})"
+    return f"{text} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], n = {difference.n}"
+
+
+def interval_sentence() -> str:
+    """What mean, spread and interval are, in words."""
+    return (
+        "Scores are in points (metric times 100), after the last epoch. Mean and standard deviation (n - 1) are over "
+        f"seeds. The difference is paired: score minus that of {BASELINE} with the same seed, averaged over the n "
+        f"common seeds; the brackets hold its 95 % percentile-bootstrap interval over them ({RESAMPLES:,} resamples, "
+        "fixed seed). An interval that contains 0 is no evidence of a difference; with fewer than about 10 seeds it is "
+        "narrower than it should be. Seconds are means over seeds, peak memory is the largest."
+    )
+
+
+def groups_table(group: Group) -> str:
+    """Markdown table of the scores per group (e.g. phenomenon) of the reported split; empty without groups."""
+    found = {method: [run.groups() for run in runs] for method, runs in group.methods.items()}
+    names = sorted({name for runs in found.values() for run in runs for name in run})
+    if not names:
+        return ""
+    rows = []
+    for name in names:
+        cells = [name.replace("_", " ")]
+        for runs in found.values():
+            values = 100 * np.array([run[name] for run in runs if name in run])
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "-")
+        rows.append(cells)
+    return _markdown(("accuracy, points", *found), rows)
+
+
+def results_csv(collection: Collection) -> str:
+    """All finished runs, one row a run; raw scores, seconds and bytes."""
+    runs = [(group, run) for group in collection.groups for members in group.methods.values() for run in members]
+    phases = sorted({key for _, run in runs for key in _seconds(run)})
+    scores = sorted({key for _, run in runs for key in _scores(run)})
+    head = ["group", "task", "model", "train_size", "method", "seed", "metric", "split", "score", *scores]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [*head, *(f"seconds.{phase}" for phase in phases), "peak_memory_bytes", "device", "git_commit", "folder"]
+    )
+    for group, run in runs:
+        result = run.result or {}
+        row = [
+            group.title,
+            run.task,
+            run.model,
+            run.train_size,
+            run.method,
+            run.seed,
+            group.metric,
+            group.split,
+            run.score,
+        ]
+        row += [_scores(run).get(key, "") for key in scores] + [_seconds(run).get(key, "") for key in phases]
+        writer.writerow(
+            [*row, *(result.get(key, "") for key in ("peak_memory_bytes", "device", "git_commit")), run.folder]
+        )
+    return text.getvalue()
+
+
+def _seconds(run: Run) -> dict[str, float]:
+    return dict((run.result or {}).get("seconds") or {})
+
+
+def _scores(run: Run) -> dict[str, float]:
+    splits = (run.result or {}).get("scores") or {}
+    return {f"{split}.{name}": value for split, values in splits.items() for name, value in values.items()}
+
+
+def _memory(run: Run) -> float:
+    value = (run.result or {}).get("peak_memory_bytes")
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _max(values: Sequence[float]) -> float:
+    return max((value for value in values if math.isfinite(value)), default=math.nan)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    # A "|" inside a name would open a new column.
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
+    rule = ["---" if column == 0 else "---:" for column in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]) + "\n"

@@ -1,0 +1,241 @@
+"""The problem zoo: bi-level problems whose hypergradients are known without the library, shared by the tests."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from agwm_jax import LowRank, Partition, Problem, hypergrad, linear_solve, mix, mixup_problem, partition
+from agwm_jax.core.bilevel import gradient_step
+from agwm_jax.core.hypergrad import InnerState
+
+NO_BATCH = jnp.zeros(())
+
+ESTIMATORS = {
+    "first_order": hypergrad.first_order(),
+    "unrolled": hypergrad.unrolled(),
+    "unrolled_last": hypergrad.unrolled(num_steps=1),
+    "unrolled_remat": hypergrad.unrolled(remat=True),
+    "neumann": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1)),
+    "dense": hypergrad.implicit(linear_solve.dense()),
+}
+"""Every estimator there is: what the conformance suite runs over."""
+
+
+def neumann(num_terms, step_size):
+    return hypergrad.implicit(linear_solve.neumann(num_terms=num_terms, step_size=step_size))
+
+
+def dense():
+    return hypergrad.implicit(linear_solve.dense())
+
+
+def estimate_at(problem, estimator, inner, outer, *, tx=None, num_steps=1, inner_batches=None, outer_batch=NO_BATCH):
+    """The estimate from `inner`; without `tx` the look-ahead stays where it is, so that it is the one *at* `inner`."""
+    tx = optax.set_to_zero() if tx is None else tx
+    inner_batches = jnp.zeros((num_steps,)) if inner_batches is None else inner_batches
+    update = gradient_step(problem.inner_loss, tx)
+
+    @jax.jit
+    def run(inner, outer):
+        start = inner if isinstance(inner, InnerState) else InnerState(inner, tx.init(inner))
+        state = estimator.init(start.params, outer)
+        return estimator.estimate(problem, update, start, outer, inner_batches, outer_batch, state)
+
+    return run(inner, outer)
+
+
+def central_difference(fn, x, radius=1e-5):
+    """The gradient of a scalar NumPy function, an entry at a time."""
+    grad = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = x.copy()
+            moved[index] += sign * radius
+            ends.append(fn(moved))
+        grad[index] = (ends[0] - ends[1]) / (2 * radius)
+    return grad
+
+
+def darts_toy() -> Problem:
+    """The toy of the DARTS paper: optimum (1, 1); the direct term alone leads to (2, 2)."""
+    return Problem(lambda w, a, _: (w - a) ** 2, lambda w, a, _: a * w - 2 * a + 1)
+
+
+class Ridge(NamedTuple):
+    """Ridge regression whose penalty is the outer variable; the outer loss is quadratic in both variables."""
+
+    problem: Problem
+    hessian: np.ndarray
+    moment: np.ndarray
+    validation: tuple[np.ndarray, np.ndarray]
+    penalty: float = 0.3
+
+    def solution(self):
+        """The inner optimum."""
+        return np.linalg.solve(self.hessian, self.moment)
+
+    def outer_gradient(self, w):
+        """``d_w g``."""
+        x, y = self.validation
+        return x.T @ (x @ w - y) / len(y)
+
+    def hypergradient(self, w, x):
+        """``d_o g - J x`` with J = d2_ow f = w, for an approximate solution x of ``H x = d_w g``."""
+        return 0.2 * self.penalty - w @ x
+
+
+def ridge(seed=0, n=12, d=4) -> Ridge:
+    rng = np.random.default_rng(seed)
+    x, x_val = rng.normal(size=(n, d)), rng.normal(size=(n, d))
+    y, y_val = rng.normal(size=n), rng.normal(size=n)
+
+    def inner(w, penalty, _):
+        return 0.5 * jnp.mean((jnp.asarray(x) @ w - jnp.asarray(y)) ** 2) + 0.5 * penalty * jnp.sum(w**2)
+
+    def outer(w, penalty, _):
+        return 0.5 * jnp.mean((jnp.asarray(x_val) @ w - jnp.asarray(y_val)) ** 2) + 0.1 * penalty**2
+
+    hessian = x.T @ x / n + Ridge._field_defaults["penalty"] * np.eye(d)
+    return Ridge(Problem(inner, outer), hessian, x.T @ y / n, (x_val, y_val))
+
+
+class Quadratic(NamedTuple):
+    """f = 0.5 (w - o)' diag(h) (w - o), g = v . w: so d_w g = v everywhere and J = -diag(h)."""
+
+    problem: Problem
+    h: np.ndarray
+    v: np.ndarray
+
+
+def diagonal_quadratic(h=(0.2, 1.0, 3.0), v=(1.0, -2.0, 0.5)) -> Quadratic:
+    h, v = np.array(h), np.array(v)
+
+    def inner(w, o, _):
+        return 0.5 * jnp.sum(jnp.asarray(h) * (w - o) ** 2)
+
+    return Quadratic(Problem(inner, lambda w, o, _: jnp.sum(jnp.asarray(v) * w)), h, v)
+
+
+def logistic(seed=0, n=20, d=3) -> tuple[Problem, np.ndarray, np.ndarray]:
+    """A smooth problem that is not quadratic, its outer variable and its inner optimum (by Newton's method)."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(n, d)), rng.integers(0, 2, n) * 2.0 - 1
+    x_val, y_val = rng.normal(size=(n, d)), rng.integers(0, 2, n) * 2.0 - 1
+    log_penalty = np.array([-1.0, -0.5, 0.2])
+
+    def inner(w, o, _):
+        margin = jnp.asarray(y) * (jnp.asarray(x) @ w)
+        return jnp.mean(jax.nn.softplus(-margin)) + 0.5 * jnp.sum(jnp.exp(o) * w**2)
+
+    def outer(w, o, _):
+        return jnp.mean(jax.nn.softplus(-jnp.asarray(y_val) * (jnp.asarray(x_val) @ w))) + 0.01 * jnp.sum(o**2)
+
+    w = np.zeros(d)
+    for _ in range(20):
+        s = 1 / (1 + np.exp(y * (x @ w)))
+        grad = -x.T @ (y * s) / n + np.exp(log_penalty) * w
+        hess = (x * (s * (1 - s))[:, None]).T @ x / n + np.diag(np.exp(log_penalty))
+        w = w - np.linalg.solve(hess, grad)
+    return Problem(inner, outer), log_penalty, w
+
+
+class MixedLinear(NamedTuple):
+    """Weight mixup of a linear model with squared loss, whose inner problem has a closed-form solution."""
+
+    problem: Problem
+    pretrained: np.ndarray
+    train: tuple[np.ndarray, np.ndarray]
+    validation: tuple[np.ndarray, np.ndarray]
+    anchor: float
+
+    def solve(self, a):
+        """argmin_W, a column of W at a time: with D = W - W0, (A X'X A / n + anchor I) D = A X'(Y - X W0) / n."""
+        x, y = self.train
+        change = np.zeros_like(self.pretrained)
+        for j in range(a.shape[1]):
+            scaled = x * a[:, j]
+            matrix = scaled.T @ scaled / len(x) + self.anchor * np.eye(a.shape[0])
+            change[:, j] = np.linalg.solve(matrix, scaled.T @ (y - x @ self.pretrained)[:, j] / len(x))
+        return self.pretrained + change
+
+    def solved_outer_loss(self, a):
+        x, y = self.validation
+        effective = self.pretrained + a * (self.solve(a) - self.pretrained)
+        return 0.5 * np.sum((x @ effective - y) ** 2) / len(x)
+
+
+def mixed_linear(anchor: float, seed=0, n=24, shape=(4, 2)) -> MixedLinear:
+    rng = np.random.default_rng(seed)
+    pretrained = rng.normal(size=shape)
+    sets = []
+    for _ in range(2):
+        x = rng.normal(size=(n, shape[0]))
+        sets.append((x, x @ (pretrained + 0.5 * rng.normal(size=shape)) + 0.3 * rng.normal(size=(n, shape[1]))))
+
+    def loss(params, batch):
+        x, y = batch
+        return 0.5 * jnp.sum((x @ params["w"] - y) ** 2) / x.shape[0]
+
+    frozen = {"w": jnp.asarray(pretrained)}
+    problem = mixup_problem(loss, frozen, mixed=("w",), anchor=anchor)
+    return MixedLinear(problem, pretrained, *sets, anchor)
+
+
+def random_gate(rank, shape=(4, 2), seed=1):
+    """An alpha well inside (0, 1), in NumPy."""
+    rng = np.random.default_rng(seed)
+    if rank == "full":
+        return rng.uniform(0.4, 0.9, shape)
+    return LowRank(rng.uniform(0.6, 0.95, (shape[0], rank)), rng.uniform(0.6, 0.95, (rank, shape[1])))
+
+
+class Network(NamedTuple):
+    """A small classifier with dropout by a key in the batch, on random data: a stand-in for the real model."""
+
+    params: dict
+    partition: Partition
+
+    def loss(self, params, batch):
+        x = batch["x"].astype(params["first.kernel"].dtype)
+        hidden = jnp.tanh(x @ params["first.kernel"] + params["first.bias"][None])
+        logits = jnp.where(self.mask(batch), hidden / 0.8, 0) @ params["second.kernel"]
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["y"]))
+
+    def mask(self, batch):
+        """Drawn by the batch's key, or given with the batch."""
+        return batch["keep"] if "keep" in batch else jax.random.bernoulli(batch["key"], 0.8, (len(batch["x"]), 6))
+
+    def bfloat16_loss(self, params, batch):
+        return self.loss(jax.tree.map(lambda w: w.astype(jnp.bfloat16), params), batch)
+
+    def problem(self, frozen, *, compute="float32", anchor=0.1):
+        loss = {"float32": self.loss, "bfloat16": self.bfloat16_loss}[compute]
+        return mixup_problem(loss, frozen, mixed=self.partition.mixed, anchor=anchor)
+
+    def batches(self, seed, *lead, b=8):
+        """A batch, or with `lead` a stack of them."""
+        rng = np.random.default_rng(seed)
+        key = jax.random.key(seed)
+        return {
+            "x": jnp.asarray(rng.normal(size=(*lead, b, 4)), jnp.float32),
+            "y": jnp.asarray(rng.integers(0, 3, (*lead, b)), jnp.int32),
+            "key": jax.random.split(key, lead) if lead else key,
+        }
+
+
+def network(seed=0) -> Network:
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"kernel": jnp.asarray(rng.normal(size=(4, 6)) / 2, jnp.float32), "bias": jnp.zeros(6)},
+        "second": {"kernel": jnp.asarray(rng.normal(size=(6, 3)) / 2, jnp.float32)},
+    }
+    return Network(params, partition(params, mixed=r".*kernel"))
+
+
+def effective_weight(w0, w, alpha, **kwargs):
+    """`mix` on a single weight."""
+    return mix({"w": w0}, {"w": w}, {"w": alpha}, **kwargs)["w"]

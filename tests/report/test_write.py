@@ -1,0 +1,207 @@
+"""The report as a whole: files, text, figures that show something, and no traces elsewhere."""
+
+import ast
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import agwm_jax.report
+from agwm_jax.errors import AgwmError
+from agwm_jax.report import write_report
+from agwm_jax.report.figures import searched
+from agwm_jax.report.plots import PANELS, _curves, _smooth
+from agwm_jax.report.runs import read_records, read_run
+from agwm_jax.report.write import GroupData
+
+
+def assert_drawn(path: Path) -> None:
+    """A PNG at least 900 pixels wide of which a fair part is neither white nor one colour."""
+    from matplotlib.image import imread
+
+    data = path.read_bytes()
+    width, height = struct.unpack(">II", data[16:24])
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert width >= 900
+    assert height >= 300
+    pixels = imread(path)[..., :3]
+    assert pixels.std() > 0.05
+    assert (pixels.min(axis=-1) < 0.9).mean() > 0.01
+    # Axes at the very edge would mean that the layout failed.
+    assert (pixels[:2] > 0.99).all()
+
+
+def test_three_methods_and_three_seeds(write_run, tmp_path):
+    for seed in range(3):
+        for method, gain in (("vanilla", 0.0), ("frozen_alpha", 0.001), ("agwm", 0.02)):
+            write_run(method, seed, 0.7 + 0.01 * seed + gain, groups=True)
+    write_run("agwm", 3, finished=False)
+    report = write_report([tmp_path / "runs"], tmp_path / "out" / "deep")
+    names = [path.name for path in report.files]
+    assert names == [
+        "report.md",
+        "results.csv",
+        "overview.png",
+        "scores.png",
+        "curves.png",
+        "heat.png",
+        "histogram.png",
+    ]
+    assert sorted(path.name for path in (tmp_path / "out" / "deep").iterdir()) == sorted(names)
+    for path in report.files[2:]:
+        assert_drawn(path)
+        assert f"]({path.name})" in report.markdown
+    assert report.files[0].read_text(encoding="utf-8") == report.markdown
+    assert "| agwm | 73.00 | 1.00 | 3 | +2.00 [+2.00, +2.00], n = 3 |" in report.markdown
+    assert "95 % percentile-bootstrap interval" in report.markdown
+    assert "### Scores by group" in report.markdown
+    assert "## Unfinished runs" in report.markdown
+    assert "agreement-agwm-3" in report.markdown
+    assert report.warnings == []
+    again = write_report([tmp_path / "runs"], tmp_path / "out" / "deep")
+    assert again == report
+
+
+def test_one_run_of_one_seed(write_run, tmp_path):
+    write_run("agwm", 0)
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert {path.name for path in report.files} >= {"curves.png", "heat.png", "histogram.png"}
+    for path in report.files[2:]:
+        assert_drawn(path)
+
+
+def test_vanilla_alone_has_no_figure_of_alpha(write_run, tmp_path):
+    write_run("vanilla", 0)
+    write_run("vanilla", 1)
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert [path.name for path in report.files[2:]] == ["overview.png", "scores.png", "curves.png"]
+    for path in report.files[2:]:
+        assert_drawn(path)
+
+
+def test_runs_without_metrics_still_have_scores(write_run, tmp_path):
+    (write_run("vanilla", 0) / "metrics.jsonl").unlink()
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert [path.name for path in report.files[2:]] == ["overview.png", "scores.png"]
+
+
+def test_several_tasks_a_regression_among_them_have_files_of_their_own(write_run, tmp_path):
+    for method in ("vanilla", "agwm"):
+        write_run(method, 0, 0.79, task="stsb", metric="spearman")
+        write_run(method, 0, -0.02, task="cola", metric="matthews")
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    names = {path.name for path in report.files}
+    assert {"curves-stsb_300.png", "curves-cola_300.png", "heat-stsb_300.png", "histogram-cola_300.png"} <= names
+    assert "Metric: spearman on the test split." in report.markdown
+    assert "| vanilla | -2.00 |" in report.markdown
+
+
+def test_every_split_of_the_search_is_a_curve(write_run):
+    folder = write_run("agwm", 0, num_splits=3, steps=20)
+    records = read_records(read_run(folder))
+    curves = _curves(records, PANELS[1])
+    assert [len(values) for _, values in curves] == [20, 20, 20]
+    outer = [record["outer_loss"] for record in records if record["phase"] == "search-1"]
+    np.testing.assert_array_equal(curves[1][1], outer)
+
+
+def test_splits_of_different_length_and_gaps_are_drawn(write_run, tmp_path):
+    write_run("agwm", 0, num_splits=3, steps=20)
+    folder = write_run("agwm", 1, num_splits=2, steps=31)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text(
+        "".join(lines[::3]).replace('"outer_loss": 0.4', '"outer_loss": NaN, "was": 0.4')
+    )
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert_drawn(tmp_path / "out" / "curves.png")
+    assert "hypergradient_not_finite" in [warning.name for warning in report.warnings]
+
+
+def test_smoothing_keeps_constants_and_averages_the_window():
+    np.testing.assert_allclose(_smooth(np.full(7, 2.0), 3), 2.0)
+    np.testing.assert_allclose(_smooth(np.array([0.0, 3.0, 6.0, 0.0]), 3), [1.5, 3.0, 3.0, 3.0])
+    np.testing.assert_allclose(_smooth(np.array([1.0, 5.0]), 1), [1.0, 5.0])
+
+
+def test_the_heat_map_is_of_a_searched_alpha(write_run):
+    runs = {method: [read_run(write_run(method, 0))] for method in ("frozen_alpha", "agwm")}
+    records = {method: [read_records(run) for run in members] for method, members in runs.items()}
+    from agwm_jax.report.groups import Group
+
+    data = GroupData(Group("t", "t", "t", "accuracy", "test", runs, {}), records, dict.fromkeys(runs))
+    assert searched(data) == ["agwm"]
+    # Where nothing was searched the random start is still worth a look.
+    data = data._replace(gates={"frozen_alpha": None})
+    assert searched(data) == ["frozen_alpha"]
+
+
+def test_failure_signatures_reach_the_report(write_run, tmp_path):
+    for seed in range(3):
+        write_run("vanilla", seed, 0.70 + 0.001 * seed)
+        write_run("agwm", seed, 0.60 + 0.1 * seed)
+    folder = write_run("agwm", 3, result={"warnings": [{"name": "alpha_collapsed", "message": "all of it"}]})
+    text = (
+        (folder / "metrics.jsonl")
+        .read_text()
+        .replace('"hypergradient_norm": 0.', '"hypergradient_norm": 1e-12, "was": 0.')
+    )
+    (folder / "metrics.jsonl").write_text(text)
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    found = {warning.name: warning.message for warning in report.warnings}
+    assert set(found) == {"spread_above_vanilla", "alpha_collapsed", "hypergradient_vanished"}
+    assert "agwm, 1 of 4 runs (seed 3)" in found["hypergradient_vanished"]
+    assert all(f"**{name}**" in report.markdown for name in found)
+
+
+def test_the_control_is_not_blamed_for_its_spread(write_run, tmp_path):
+    for seed in range(3):
+        write_run("vanilla", seed, 0.70 + 0.001 * seed)
+        write_run("frozen_alpha", seed, 0.60 + 0.1 * seed)
+    assert write_report([tmp_path / "runs"], tmp_path / "out").warnings == []
+
+
+def test_alphas_that_do_not_fit_together_are_refused(write_run, tmp_path):
+    write_run("agwm", 0, layers=2)
+    write_run("agwm", 1, layers=3)
+    with pytest.raises(AgwmError, match="alphas of agwm have different layers"):
+        write_report([tmp_path / "runs"], tmp_path / "out")
+
+
+def test_an_output_that_is_a_file_is_refused(write_run, tmp_path):
+    write_run("vanilla", 0)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(AgwmError, match="cannot be written to"):
+        write_report([tmp_path / "runs"], tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_matplotlib_leaves_no_trace_in_the_home_folder(write_run, tmp_path):
+    write_run("vanilla", 0)
+    home = tmp_path / "home"
+    home.mkdir()
+    runs, output = str(tmp_path / "runs"), str(tmp_path / "out")
+    code = f"from agwm_jax.report import write_report; write_report([{runs!r}], {output!r})"
+    drop = ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in drop} | {"HOME": str(home)}
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, cwd=Path(agwm_jax.report.__file__).parents[2]
+    )
+    assert (tmp_path / "out" / "scores.png").exists()
+    assert not [path for path in home.rglob("*") if "matplotlib" in str(path)]
+
+
+def test_the_report_imports_neither_jax_nor_pyplot():
+    allowed = ("agwm_jax.report", "agwm_jax.diagnostics", "agwm_jax.errors")
+    package = Path(agwm_jax.report.__file__).parent
+    for path in [*package.glob("*.py"), package.parent / "diagnostics.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] not in ("jax", "flax", "optax", "chex"), f"{path.name} imports {name}"
+                assert name != "matplotlib.pyplot", f"{path.name} imports pyplot, which keeps global state"
+                assert not name.startswith("agwm_jax") or name.startswith(allowed), f"{path.name} imports {name}"

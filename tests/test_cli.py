@@ -1,0 +1,228 @@
+"""The command line: which call is made, what is printed, and the exit code."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+from agwm_jax.cli import main
+from agwm_jax.errors import AgwmError
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Stands in for the library: notes each call, answers or raises what `answer` holds under its name."""
+    calls, answer = [], {}
+
+    def module(path: str, *names: str) -> None:
+        def function(name):
+            def noted(*arguments):
+                calls.append((name, *arguments))
+                if isinstance(answer.get(name), BaseException):
+                    raise answer[name]
+                return answer.get(name)
+
+            return noted
+
+        stand_in = types.ModuleType(path)
+        for name in names:
+            setattr(stand_in, name, function(name))
+        monkeypatch.setitem(sys.modules, path, stand_in)
+
+    module("agwm_jax.train.run", "train")
+    module("agwm_jax.train.evaluate", "evaluate_run", "predict_run", "export_run")
+    module("agwm_jax.report", "write_report")
+    return types.SimpleNamespace(calls=calls, answer=answer)
+
+
+def agwm(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "agwm_jax", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_train_gets_the_config_with_its_overrides(library, capsys, tmp_path):
+    library.answer["train"] = {"task": "cola", "metric": "matthews", "split": "validation", "score": 0.25}
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {seed: 1}")
+    assert main(["train", "--config", str(path), "--search.num_splits", "5", "--output", str(tmp_path / "run")]) == 0
+    ((name, config),) = library.calls
+    assert (name, config.run.seed, config.search.num_splits) == ("train", 1, 5)
+    printed = capsys.readouterr().out
+    assert "matthews on validation = 0.2500" in printed
+    assert str(tmp_path / "run") in printed
+
+
+def test_train_without_a_config_takes_the_defaults(library):
+    library.answer["train"] = {}
+    assert main(["train", "--seed", "3"]) == 0
+    assert library.calls[0][1].run.seed == 3
+
+
+def test_a_negative_value_is_a_value(library, capsys):
+    assert main(["train", "--search.anchor", "-0.1"]) == 2
+    assert "search.anchor: got -0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["eval", "r"], ("evaluate_run", Path("r"), None, None)),
+        (["eval", "r", "--split", "test"], ("evaluate_run", Path("r"), "test", None)),
+        (["eval", "r", "--file", "f.csv"], ("evaluate_run", Path("r"), None, Path("f.csv"))),
+        (["predict", "r", "in.csv", "out.csv"], ("predict_run", Path("r"), Path("in.csv"), Path("out.csv"))),
+        (["report", "r", "s"], ("write_report", [Path("r"), Path("s")], Path("report"))),
+        (["report", "r", "--output", "o"], ("write_report", [Path("r")], Path("o"))),
+        (["export", "r", "f"], ("export_run", Path("r"), Path("f"))),
+    ],
+)
+def test_each_command_makes_its_call(library, arguments, call):
+    library.answer["evaluate_run"] = {"accuracy": 0.5}
+    library.answer["write_report"] = types.SimpleNamespace(markdown="", files=[Path("report/report.md")])
+    assert main(arguments) == 0
+    assert library.calls == [call]
+
+
+def test_a_report_is_printed_with_its_place(library, capsys):
+    library.answer["write_report"] = types.SimpleNamespace(markdown="| agwm |", files=[Path("report/report.md")])
+    main(["report", "r"])
+    assert capsys.readouterr().out == "| agwm |\nreport: report/report.md\n"
+
+
+def test_a_warning_is_one_sentence_without_a_place_in_the_code(library, capsys):
+    library.answer["export_run"] = "mean pooling"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["export", "r", "f"]) == 0
+    assert capsys.readouterr().err == "agwm: warning: transformers will not give the same logits: mean pooling\n"
+
+
+def test_scores_are_a_table(library, capsys):
+    library.answer["evaluate_run"] = {"accuracy": 0.51234, "groups": {"reflexive": {"accuracy": 1.0, "n": 12}}}
+    main(["eval", "r"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["accuracy", "0.5123"],
+        ["groups.reflexive.accuracy", "1.0000"],
+        ["groups.reflexive.n", "12"],
+    ]
+
+
+def chained(outer: Exception, inner: Exception) -> Exception:
+    outer.__cause__ = inner
+    return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (AgwmError("the file is empty"), 2, "the file is empty"),
+        (chained(RuntimeError("loading failed"), AgwmError("no label column")), 2, "no label column"),
+        (OSError(errno.ENOSPC, "No space", "/x/y"), 2, "/x/y: the disk is full"),
+        (chained(ValueError("save"), OSError(errno.ENOSPC, "No space")), 2, "the disk is full"),
+        (RuntimeError("INTERNAL: write failed: No space left on device [/x]"), 2, "the disk is full"),
+        (OSError(errno.EROFS, "Read-only", "/x"), 2, "/x: the disk is read-only"),
+        (PermissionError(errno.EACCES, "denied", "/x"), 2, "/x: no permission"),
+        (FileNotFoundError(errno.ENOENT, "none", "/x"), 2, "/x: no such file"),
+        (OSError("host unreachable\nat all"), 2, "host unreachable at all"),
+        (MemoryError(), 2, "out of memory"),
+        (ModuleNotFoundError("No module named 'datasets'", name="datasets"), 2, "agwm-jax[train]"),
+        (KeyError("b"), 1, "unexpected KeyError: 'b'; run again with --debug"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("saved at step 3"), 130, "saved at step 3"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_an_exit_code(library, capsys, error, code, expected):
+    library.answer["train"] = error
+    assert main(["train"]) == code
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_debug_shows_the_traceback_wherever_it_stands(library, capsys, place):
+    library.answer["train"] = AgwmError("the file is empty")
+    arguments = ["train", "--seed", "1"]
+    arguments.insert(place, "--debug")
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed
+    assert printed.endswith("agwm: the file is empty\n")
+
+
+@pytest.mark.parametrize("arguments", [["eval"], ["eval", "r", "--spilt", "x"], ["trian"], ["report"]])
+def test_a_command_that_is_not_understood_ends_with_2(library, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert library.calls == []
+    assert "usage: agwm" in capsys.readouterr().err
+
+
+def test_a_split_and_a_file_exclude_each_other(library, capsys):
+    assert main(["eval", "r", "--split", "test", "--file", "f"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_help_of_train_lists_every_setting(capsys):
+    from agwm_jax.settings import all_settings
+
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    choices = {"task.source", "hypergradient.estimator"}
+    assert [
+        s.path for s in all_settings() if s.path not in choices and f"--{s.path} ({s.default})" not in printed
+    ] == []
+    assert "task.source=local" in printed
+    assert "hypergradient.estimator=neumann" in printed
+    assert max(map(len, printed.splitlines())) < 125
+
+
+def test_without_a_command_the_help_is_printed(capsys):
+    assert main([]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+def test_a_wrong_setting_in_a_real_process_leaves_no_traceback(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("search: {epoch: 3}")
+    answer = agwm("train", "--config", path)
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.splitlines()[-1].startswith(f"agwm: {path}: search.epoch: unknown setting; did you mean")
+    assert "Traceback" not in answer.stderr
+    assert "Traceback" in agwm("train", "--config", path, "--debug").stderr
+
+
+def test_a_reader_that_closes_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, "-m", "agwm_jax", "train", "--help"]
+        answer = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert answer.stderr == ""
+
+
+def test_ctrl_c_in_a_real_process_ends_with_130():
+    program = (
+        "import sys, types, time\n"
+        "from agwm_jax.cli import main\n"
+        "def train(config):\n    print('started', flush=True); time.sleep(60)\n"
+        "sys.modules['agwm_jax.train.run'] = types.SimpleNamespace(train=train)\n"
+        "sys.exit(main(['train']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "agwm: interrupted\n"

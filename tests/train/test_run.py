@@ -1,0 +1,217 @@
+"""Whole runs of every method on a tiny checkpoint: what they write, what they refuse, how they relate."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from agwm_jax.build import build
+from agwm_jax.config import config_fingerprint, load_config
+from agwm_jax.errors import AgwmError
+from agwm_jax.train.evaluate import evaluate_run, export_run, predict_run
+from agwm_jax.train.run import train
+from agwm_jax.train.run_folder import load_alpha
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def agwm_run(settings, tmp_path_factory):
+    """A finished AGWM run over two splits: its config, folder and result."""
+    folder = tmp_path_factory.mktemp("runs") / "agwm"
+    overrides = ["--search.num_splits", "2", "--search.anchor", "0.1", "--run.tensorboard", "true"]
+    config = load_config(None, [*settings, *overrides, "--output", str(folder)])
+    return config, folder, train(config, progress=False)
+
+
+def test_result_holds_what_a_reader_needs(agwm_run):
+    config, folder, result = agwm_run
+    assert result == json.loads((folder / "result.json").read_text())
+    assert {"development", "validation", "test"} == result["scores"].keys()
+    assert result["score"] == result["scores"]["test"]["matthews"]
+    assert result["seconds"].keys() >= {"prepare", "compile", "search-0", "search-1", "finetune", "evaluate", "total"}
+    assert result["num_parameters"]["alpha"] == 2 * (4 * 32 + 2 * 48) + 32
+    assert result["peak_memory_bytes"] > 1e6
+    assert sum(g["n"] for g in result["groups"]["test"].values()) == 40
+    assert result["versions"]["jax"] == jax.__version__
+    reloaded = load_config(folder / "config.yaml")
+    assert config_fingerprint(reloaded) == config_fingerprint(config)
+    assert list((folder / "tensorboard").iterdir())
+    assert not list((folder / "checkpoints").glob("[0-9]*"))
+
+
+def test_metrics_have_a_line_a_step(agwm_run):
+    _, folder, _ = agwm_run
+    lines = records(folder)
+    assert [(r["phase"], r["step"]) for r in lines] == [
+        *(("search-0", i) for i in range(12)),
+        *(("search-1", i) for i in range(12)),
+        *(("finetune", i) for i in range(10)),
+    ]
+    assert [r["global_step"] for r in lines] == list(range(34))
+    assert all(r.keys() >= {"loss", "outer_loss", "hypergradient_norm"} for r in lines[:24])
+    assert [r["step"] for r in lines[:12] if "alpha_mean" in r] == [2, 3, 6, 7, 10, 11]
+
+
+def test_alpha_file_says_how_it_was_trained(agwm_run):
+    config, folder, _ = agwm_run
+    with safe_open(folder / "alpha.safetensors", framework="numpy") as file:
+        metadata = file.metadata()
+    assert metadata == {"format": "agwm_jax.alpha.v1", "complement": "convex", "rank": "1"}
+    alpha = load_alpha(folder / "alpha.safetensors", complement="convex")
+    start = build(config).initial.alpha
+    assert alpha.keys() == start.keys()
+    moved = [float(abs(np.asarray(alpha[path].left) - np.asarray(start[path].left)).max()) for path in alpha]
+    assert min(moved) > 1e-3
+    assert all(0 <= float(x.min()) and float(x.max()) <= 1 for x in jax.tree.leaves(alpha))
+    with pytest.raises(AgwmError, match="trained with complement='convex' and must not be mixed with 'factored'"):
+        load_alpha(folder / "alpha.safetensors", complement="factored")
+
+
+def test_finished_run_is_not_run_again_and_another_config_is_refused(agwm_run, settings):
+    config, folder, result = agwm_run
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert train(config, progress=False) == result
+    other = load_config(None, [*settings, "--search.anchor", "0.2", "--output", str(folder)])
+    with pytest.raises(AgwmError, match=r"another config.*search\.anchor is 0\.1 there and 0\.2 here"):
+        train(other, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(configure, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("dear")
+    with pytest.raises(AgwmError, match="not empty and is no run folder"):
+        train(configure(), progress=False)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "dear"
+
+
+def test_eval_repeats_the_reported_score(agwm_run, tmp_path):
+    _, folder, result = agwm_run
+    again = evaluate_run(folder)
+    assert again["scores"] == pytest.approx(result["scores"]["test"])
+    assert again["groups"] == result["groups"]["test"]
+    with pytest.raises(AgwmError, match="no split 'dev': its splits are"):
+        evaluate_run(folder, split="dev")
+
+
+def test_eval_and_predict_of_a_file_agree(agwm_run, tmp_path):
+    _, folder, _ = agwm_run
+    rows = [
+        {"id": "a", "text": "The key is here.", "label": 1},
+        {"id": "b", "text": "The keys is here.", "label": "unacceptable"},
+        {"id": "c", "text": "No author has ever laughed.", "label": 1},
+    ]
+    source, output = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
+    source.write_text("".join(json.dumps({**row, "label": str(row["label"])}) + "\n" for row in rows))
+    assert predict_run(folder, source, output) == 3
+    labelled = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["id"] for row in labelled] == ["a", "b", "c"]
+    assert all(row["probability_acceptable"] + row["probability_unacceptable"] == pytest.approx(1) for row in labelled)
+    truth = ["acceptable", "unacceptable", "acceptable"]
+    hits = np.mean([row["prediction"] == t for row, t in zip(labelled, truth, strict=True)])
+    assert evaluate_run(folder, file=source)["scores"]["accuracy"] == pytest.approx(hits)
+
+
+def test_export_gives_the_mixed_model(agwm_run, tmp_path):
+    from agwm_jax.models.huggingface import load_pretrained
+    from agwm_jax.train.evaluate import load_run
+
+    _, folder, _ = agwm_run
+    assert export_run(folder, tmp_path / "export") is None
+    exported = load_pretrained(tmp_path / "export")
+    assert exported.label_names == ("unacceptable", "acceptable")
+    params = load_run(folder)[3]
+    assert exported.params.keys() == params.keys()
+    for path, weight in params.items():
+        np.testing.assert_array_equal(exported.params[path], weight, err_msg=path)
+    pretrained, task = build(agwm_run[0]).pretrained.params, load_file(folder / "task.safetensors")
+    kernel = "encoder.layers.query.kernel"
+    low, high = np.minimum(pretrained[kernel], task[kernel]), np.maximum(pretrained[kernel], task[kernel])
+    inside = (params[kernel] >= low - 1e-6) & (params[kernel] <= high + 1e-6)
+    assert bool(inside.all()), "a convex mixture lies between W0 and W"
+
+
+def test_alpha_fixed_at_one_is_plain_fine_tuning(configure):
+    vanilla, control = configure("--method", "vanilla", output="v"), configure("--mixup.noise", "0", output="f")
+    control = control.model_copy(update={"method": control.method.model_copy(update={"name": "frozen_alpha"})})
+    results = [train(config, progress=False) for config in (vanilla, control)]
+    curves = [[r["loss"] for r in records(_folder(config))] for config in (vanilla, control)]
+    assert curves[0] == curves[1]
+    assert results[0]["scores"] == results[1]["scores"]
+    assert not (_folder(vanilla) / "alpha.safetensors").exists()
+
+
+def test_same_seed_same_bits_other_seed_other_draw(configure):
+    runs = [("--seed", "1", "a"), ("--seed", "1", "b"), ("--seed", "2", "c")]
+    for flag, seed, output in runs:
+        train(configure("--method", "vanilla", flag, seed, output=output), progress=False)
+    a, b, c = ([r["loss"] for r in records(_folder(configure(output=output)))] for _, _, output in runs)
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--hypergradient.estimator", "first_order", "--search.rollback", "false", "--mixup.rank", "2"],
+        ["--hypergradient.estimator", "neumann", "--search.anchor", "0.1", "--model.pooling", "mean"],
+        ["--hypergradient.estimator", "unrolled", "--search.inner_steps", "2", "--mixup.rank", "full"],
+        ["--model.dtype", "bfloat16", "--mixup.complement", "factored", "--search.average", "alpha"],
+        ["--mixup.frozen", r"embeddings\..*", "--search.outer.gradient_clip", "1.0", "--data.pad_to", "0.5"],
+    ],
+    ids=["first_order", "neumann", "unrolled", "bfloat16", "frozen"],
+)
+def test_settings_change_the_run_and_it_ends_finite(configure, overrides):
+    result = train(configure(*overrides), progress=False)
+    lines = records(_folder(configure()))
+    assert all(np.isfinite([r["loss"] for r in lines]))
+    assert all(r["hypergradient_norm"] > 0 for r in lines if r["phase"] == "search-0")
+    assert 0 <= result["scores"]["test"]["accuracy"] <= 1
+
+
+def test_a_regression_learns_from_pairs(configure, tmp_path, settings):
+    rng = np.random.default_rng(0)
+    words = ["key", "keys", "author", "authors"]
+    for split, n in (("train", 60), ("validation", 30)):
+        a, b = rng.choice(words, n), rng.choice(words, n)
+        lines = [
+            json.dumps({"s1": str(x), "s2": str(y), "score": 5.0 * x.startswith("key")}) for x, y in zip(a, b, strict=True)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    kept = [word for pair in zip(settings[::2], settings[1::2], strict=True) for word in pair if "_size" not in pair[0]]
+    task = {
+        "task.source": "local",
+        "task.files.train": tmp_path / "train.jsonl",
+        "task.files.validation": tmp_path / "validation.jsonl",
+        "task.text_columns": "[s1, s2]",
+        "task.label_column": "score",
+        "task.kind": "regression",
+        "data.batch_size": 8,
+        "finetune.epochs": 20,
+        "finetune.optimizer.learning_rate": 1e-2,
+        "method": "vanilla",
+        "output": tmp_path / "stsb",
+    }
+    config = load_config(None, [*kept, *(w for name, value in task.items() for w in (f"--{name}", str(value)))])
+    result = train(config, progress=False)
+    assert result["metric"] == "spearman"
+    assert result["score"] > 0.5
+
+
+def test_no_loss_means_stop_with_the_last_good_state_kept(configure):
+    config = configure("--method", "vanilla", "--finetune.optimizer.learning_rate", "1e30", "--run.checkpoint_steps", "1")
+    with pytest.raises(AgwmError, match=r"finetune: loss became nan at step \d+; the last good checkpoint is kept"):
+        train(config, progress=False)
+    assert list((_folder(config) / "checkpoints").glob("[0-9]*"))
+    assert not (_folder(config) / "result.json").exists()
+
+
+def _folder(config):
+    from pathlib import Path
+
+    return Path(config.run.output)
