@@ -62,17 +62,17 @@ def build_task(config: Config) -> Task:
             test_size=source.test_size,
         )
     elif source.source == "glue":
-        task = glue_task(source.name)
+        task = glue_task(source.name, revision=source.revision)
     else:
-        columns: dict[str, Any] = dict(
-            text_columns=source.text_columns,
-            label_column=source.label_column,
-            kind=source.kind,
-            label_names=source.label_names,
-            group_column=source.group_column,
-            metrics=source.metrics,
-            report_split=source.report_split,
-        )
+        columns: dict[str, Any] = {
+            "text_columns": source.text_columns,
+            "label_column": source.label_column,
+            "kind": source.kind,
+            "label_names": source.label_names,
+            "group_column": source.group_column,
+            "metrics": source.metrics,
+            "report_split": source.report_split,
+        }
         if source.source == "hub":
             splits = {ours: theirs for ours, theirs in source.splits.model_dump().items() if theirs is not None}
             task = hub_task(source.path, source.name, revision=source.revision, splits=splits, **columns)
@@ -115,12 +115,10 @@ def build_encoding(
     limit = pretrained.config.max_position_embeddings
     if config.data.max_length > limit:
         raise AgwmError(
-            f"data.max_length = {config.data.max_length} is beyond the position table of {config.model.path} ({limit}); "
+            f"data.max_length {config.data.max_length} is beyond the position table of {config.model.path} ({limit}): "
             f"set it to {limit} or less."
         )
-    return encode_task(
-        task, pretrained.tokenizer, max_length=config.data.max_length, pad_to=config.data.pad_to
-    )
+    return encode_task(task, pretrained.tokenizer, max_length=config.data.max_length, pad_to=config.data.pad_to)
 
 
 def build_method(
@@ -138,7 +136,7 @@ def build_method(
     mixup = config.mixup
     if config.method.name == "vanilla":
         return vanilla(loss, plan, tx=tx)
-    start: dict[str, Any] = dict(rank=mixup.rank, noise=mixup.noise, complement=mixup.complement)
+    start: dict[str, Any] = {"rank": mixup.rank, "noise": mixup.noise, "complement": mixup.complement}
     if config.method.name == "frozen_alpha":
         return frozen_alpha(loss, plan, tx=tx, **start)
 

@@ -274,13 +274,13 @@ class Search(Section):
 class FirstOrder(Section):
     """Direct term alone."""
 
-    estimator: Literal["first_order"] = Field(default="first_order", description="how alpha's gradient is estimated")
+    estimator: Literal["first_order"] = Field(description="how alpha's gradient is estimated")
 
 
 class Unrolled(Section):
     """Reverse mode through the look-ahead updates, optimiser included."""
 
-    estimator: Literal["unrolled"] = Field("unrolled", description="how alpha's gradient is estimated")
+    estimator: Literal["unrolled"] = Field(default="unrolled", description="how alpha's gradient is estimated")
     num_steps: int | None = Field(
         default=None, ge=1, description="updates to differentiate, the last ones; null: all of the look-ahead"
     )

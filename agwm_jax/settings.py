@@ -140,8 +140,11 @@ def _unknown(path: str, section: type[Section], kind: str) -> str:
     leaf = next(iter(difflib.get_close_matches(name, [setting.path.split(".")[-1] for setting in settings], n=1)), name)
     elsewhere = [setting for setting in settings if setting.path.endswith(f".{leaf}")]
     same = list(dict.fromkeys(s.path + (f" (with {s.needs})" if s.path == path else "") for s in elsewhere))
+    exactly = [text for text in same if text.startswith(f"{path} (")]  # right but for the kind that was not chosen
     hint = ""
-    if near:
+    if exactly:
+        hint = f"; did you mean {' or '.join(exactly)}?"
+    elif near:
         hint = f"; did you mean {folder}.{near[0]}?" if folder else f"; did you mean {near[0]}?"
     elif same:
         hint = f"; did you mean {' or '.join(same[:3])}?"

@@ -9,7 +9,7 @@ import yaml
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of YAML 1.2: 2e-5 is a number, `no` and 1:30 are texts; a key given twice is refused."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes a text exactly where `_Loader` would read it as something else."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
 
     def ignore_aliases(self, data):
         return True
@@ -39,7 +39,7 @@ for _tag, _pattern, _first in (
 ):
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(str(loader.construct_scalar(node))))  # type: ignore[arg-type]
 
 
 def parse(text: str) -> Any:

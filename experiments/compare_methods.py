@@ -2,8 +2,8 @@
 
     python experiments/compare_methods.py --config configs/agreement.yaml --methods vanilla agwm --seeds 0 1
 
-Settings after the named options go to every run (`--finetune.epochs 5`). A comparison that was stopped continues where it
-was when the same command is given again. Every run is a process of its own, so that its peak memory is its own.
+Settings after the named options go to every run (`--finetune.epochs 5`). A comparison that was stopped continues where
+it was when the same command is given again. Every run is a process of its own, so that its peak memory is its own.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main() -> int:
         if code:
             return code
     try:
-        report = write_report([arguments.output / method for method in arguments.methods], arguments.report or arguments.output / "report")
+        report = write_report(
+            [arguments.output / method for method in arguments.methods], arguments.report or arguments.output / "report"
+        )
     except AgwmError as error:
         print(error, file=sys.stderr)
         return 2

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from agwm_jax.core.hypergrad import Hypergradient, InnerState, InnerUpdate, inner_steps
@@ -29,9 +28,7 @@ class BilevelSolver(NamedTuple):
     """``step(state, inner_batches, outer_batch) -> (state, info)``; leaves of `inner_batches` are ``[k, ...]``."""
 
 
-def gradient_step(
-    loss: Callable[[Any, Any, Batch], Scalar], tx: optax.GradientTransformation
-) -> InnerUpdate:
+def gradient_step(loss: Callable[[Any, Any, Batch], Scalar], tx: optax.GradientTransformation) -> InnerUpdate:
     """One optimiser step on ``loss(params, outer, batch)`` as ``update(state, outer, batch) -> (state, loss)``."""
 
     def update(state: InnerState, outer, batch: Batch) -> tuple[InnerState, Scalar]:

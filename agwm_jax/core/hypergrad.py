@@ -1,8 +1,8 @@
 """Estimators of the hypergradient: how to differentiate the outer loss through a given inner solve.
 
 Notation: inner variable w, outer variable o, inner loss f, outer loss g, ``v = d_w g``, ``H = d2_ww f``,
-``J = d2_ow f``; the hypergradient is ``d_o g - J x`` with ``x ~ H^-1 v``. Costs are in fb, one forward and backward pass
-of a batch, with the look-ahead update included.
+``J = d2_ow f``; the hypergradient is ``d_o g - J x`` with ``x ~ H^-1 v``. Costs are in fb, one forward and backward
+pass of a batch, with the look-ahead update included.
 """
 
 from collections.abc import Callable
@@ -116,9 +116,9 @@ def unrolled(*, num_steps: int | None = None, remat: bool = False) -> Hypergradi
 def implicit(solver: LinearSolver) -> Hypergradient:
     """Implicit differentiation at the end of the look-ahead: ``d_o g - J x`` with x from `solver`.
 
-    H and J are those of the inner loss on the last inner batch. The joint gradient ``w -> (d_w f, d_o f)`` is linearised
-    once; a product with it costs 2 fb, and one application to the solution gives both ``J x`` and the residual. With
-    ``neumann(num_terms=K)``: 2K + 3 fb, and the activations of one forward and backward pass kept for the products
+    H and J are those of the inner loss on the last inner batch. The joint gradient ``w -> (d_w f, d_o f)`` is
+    linearised once; a product with it costs 2 fb, and one application to the solution gives ``J x`` and the residual.
+    With ``neumann(num_terms=K)``: 2K + 3 fb, and the activations of one forward and backward pass kept for the products
     (Lorraine et al. 2020, arXiv 1911.02590; Pedregosa 2016, arXiv 1602.02355).
 
     Args:

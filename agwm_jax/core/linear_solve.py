@@ -53,7 +53,9 @@ def dense() -> LinearSolver:
 
     def solve(matvec: Matvec, b):
         flat, unravel = ravel_pytree(b)
-        columns = jax.vmap(lambda column: ravel_pytree(matvec(unravel(column)))[0])(jnp.eye(flat.size, dtype=flat.dtype))
+        columns = jax.vmap(lambda column: ravel_pytree(matvec(unravel(column)))[0])(
+            jnp.eye(flat.size, dtype=flat.dtype)
+        )
         return unravel(jnp.linalg.solve(columns.T, flat))
 
     return LinearSolver(solve)

@@ -22,7 +22,8 @@ def init_alpha(
 
     Args:
         key: PRNG key.
-        partition: of the model; a mixed weight ``[*l, d_in, d_out]`` gets ``left [*l, d_in, r]``, ``right [*l, r, d_out]``.
+        partition: of the model; a mixed weight ``[*l, d_in, d_out]`` gets ``left [*l, d_in, r]`` and
+            ``right [*l, r, d_out]``.
         rank: r, 1 or more, or ``"full"``: alpha is then the matrix A itself.
         noise: standard deviation of the start; 0 starts at exactly A = 1.
 
@@ -78,7 +79,7 @@ def mix(
     complement: Complement = "convex",
     structure: Structure | None = None,
 ) -> Params | PyTree:
-    """The weights of the forward pass: ``A * W + (1 - A) * W0`` where there is an alpha, else the task or frozen weight.
+    """The weights of the forward pass: ``A * W + (1 - A) * W0`` where there is an alpha, else the task or frozen one.
 
     Pure; differentiable in `task` and `alpha`. Where A = 1 the result is W bit for bit, where A = 0 it is W0.
 
@@ -102,7 +103,9 @@ def mix(
     for path, factors in alpha.items():
         if path not in frozen or path not in task:
             side = "frozen" if path not in frozen else "task"
-            raise AgwmError(f"alpha has a gate for {path!r}, which the {side} weights lack: use one `partition` for all.")
+            raise AgwmError(
+                f"alpha has a gate for {path!r}, which the {side} weights lack: use one `partition` for all."
+            )
         params[path] = _mixture(path, frozen[path], task[path], factors, complement)
     return params if structure is None else structure.unflatten(params)
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 Params = dict[str, Array]
 """Weights keyed by path, for example ``{"encoder.layers.query.kernel": [l, d, d]}``."""
 
-Batch = PyTree[Any]
-"""Whatever a loss needs besides the weights. Randomness (a dropout key) rides in it, so that a gradient, its
+Batch = Any
+"""Any pytree: what a loss needs besides the weights. Randomness (a dropout key) rides in it, so that a gradient, its
 Hessian-vector products and both ends of a finite difference see the same mask."""
 
 Scalar = Float[Array, ""]

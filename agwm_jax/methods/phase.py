@@ -35,7 +35,7 @@ class Phase(NamedTuple):
     name: str
     plan: Plan
     start: Callable[[Params, Weights, Weights], State]
-    """``start(frozen, initial, carry) -> state``: `initial` is the pretrained start, `carry` what earlier phases left."""
+    """``start(frozen, initial, carry) -> state``: `initial` is the pretrained start, `carry` what was learnt so far."""
     step: Callable[[State, Params, Batches], tuple[State, dict[str, Scalar]]]
     """``step(state, frozen, batches) -> (state, info)``; info holds ``loss`` and whatever else is worth a curve."""
     finish: Callable[[Weights, State], Weights]

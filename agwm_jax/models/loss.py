@@ -1,20 +1,18 @@
 """The training loss of a model: a mean over the real examples of a batch."""
 
 from collections.abc import Callable
-from typing import Literal
-
 import jax.numpy as jnp
 import optax
 
 from agwm_jax.core.types import Batch, LossFn, Params, Scalar
 
 
-def batch_loss(apply: Callable[..., jnp.ndarray], kind: Literal["classification", "regression"]) -> LossFn:
+def batch_loss(apply: Callable[..., jnp.ndarray], kind: str) -> LossFn:
     """``loss(params, batch)``: cross-entropy, or the squared error of a single logit.
 
     Args:
         apply: ``apply(params, batch, key=key) -> logits [b, c]``; the batch's own ``key``, if any, drives dropout.
-        kind: of the task; for a regression c = 1.
+        kind: of the task, "classification" or "regression" (then c = 1).
 
     Returns:
         A loss that weights example i with ``batch["weight"][i]`` (1, or 0 for the padding of a short batch) and divides

@@ -7,9 +7,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, Shaped
 from agwm_jax.core.types import Batch
 
 
-def gather(
-    data: dict[str, Shaped[Array, "n ..."]], rows: Int[Array, "*k b"], key: PRNGKeyArray | None = None
-) -> Batch:
+def gather(data: dict[str, Shaped[Array, "n ..."]], rows: Int[Array, "*k b"], key: PRNGKeyArray | None = None) -> Batch:
     """The batch of the given rows, with its example weights and its randomness.
 
     Args:

@@ -145,7 +145,7 @@ def export_run(run: Path, folder: Path) -> str | None:
     Raises:
         AgwmError: no finished run, or `folder` holds files.
     """
-    config, task, pretrained, params = load_run(run)
+    _, task, pretrained, params = load_run(run)
     return export(folder, task, pretrained, params)
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -71,63 +72,70 @@ def fit(
         Interrupted: after saving, on SIGINT or SIGTERM.
     """
     device = next(iter(frozen.values())).sharding
-    position, carry, state = Position(0, 0, {}), initial, None
 
     def template(position: Position):
         shape = jax.eval_shape(method.phases[position.phase].start, frozen, initial, initial)
         return abstract({"state": shape, "carry": initial}, device)
 
     found = checkpoints.restore(template)
-    if found is not None:
-        position, restored = found
-        carry, state = restored["carry"], restored["state"]
+    if found is None:
+        position, carry, state = Position(0, 0, {}), initial, None
+    else:
+        position, (carry, state) = found[0], (found[1]["carry"], found[1]["state"])
     offsets = np.cumsum([0, *(phase.num_steps for phase in method.phases)])
-    seconds = dict(position.seconds)
+    seconds = defaultdict(float, position.seconds)
     programs: dict[Any, Program] = {}
 
     with make_recorder(int(offsets[position.phase]) + position.step) as recorder, _deferred_signals() as interrupted:
         if found is not None:
             recorder.say(f"continuing in {method.phases[position.phase].name} after step {position.step}")
         for index, phase in list(enumerate(method.phases))[position.phase :]:
+            first, offset = position.step if index == position.phase else 0, int(offsets[index])
+            recorder.begin(phase.name, step=first, num_steps=phase.num_steps)
             if state is None:
                 state = _own(jax.jit(phase.start)(frozen, initial, carry))
-            first = position.step if index == position.phase else 0
-            recorder.begin(phase.name, step=first, num_steps=phase.num_steps)
-            phase_key = jax.random.fold_in(key, zlib.crc32(phase.name.encode()))
             plan = {name: jnp.asarray(rows) for name, rows in phase.plan.items()}
-            arguments = (frozen, data, plan, phase_key)
+            arguments = (frozen, data, plan, jax.random.fold_in(key, zlib.crc32(phase.name.encode())))
             if phase.step not in programs:
                 programs[phase.step] = _compile(phase, state, *arguments, chunk_steps=chunk_steps)
-                seconds["compile"] = seconds.get("compile", 0.0) + programs[phase.step].seconds
-            program, offset = programs[phase.step], int(offsets[index])
-
-            def save(step: int, index=index, offset=offset):
-                # Reads the loop's current state: called only between chunks.
-                checkpoints.save(offset + step, Position(index, step, dict(seconds)), {"state": state, "carry": carry})
-
+                seconds["compile"] += programs[phase.step].seconds
             step = first
             while step < phase.num_steps:
                 began = time.perf_counter()
-                stop = min(step + chunk_steps, phase.num_steps)
-                if checkpoint_steps:
-                    stop = min(stop, step - step % checkpoint_steps + checkpoint_steps)
-                new, columns = program.advance(state, *arguments, step, stop)
-                infos = _rows(jax.device_get(columns), stop - step)
-                infos[-1].update({name: float(x) for name, x in jax.device_get(program.monitor(new)).items()})
-                _check_finite(phase.name, step, infos, checkpoints, recorder)
+                stop = _next_stop(step, phase.num_steps, chunk_steps, checkpoint_steps)
+                state, infos = _advance(programs[phase.step], state, arguments, step, stop)
+                _check_finite(phase.name, step, infos)
                 recorder.chunk(phase.name, infos, step=step, num_steps=phase.num_steps, offset=offset)
-                state, step = new, stop
-                seconds[phase.name] = seconds.get(phase.name, 0.0) + time.perf_counter() - began
+                step = stop
+                seconds[phase.name] += time.perf_counter() - began
+                at_checkpoint = step == phase.num_steps or (checkpoint_steps and step % checkpoint_steps == 0)
+                if at_checkpoint or interrupted.is_set():
+                    began = time.perf_counter()
+                    saved = {"state": state, "carry": carry}
+                    checkpoints.save(offset + step, Position(index, step, dict(seconds)), saved)
+                    seconds["checkpoint"] += time.perf_counter() - began
                 if interrupted.is_set():
-                    save(step)
                     raise Interrupted(
                         f"stopped in {phase.name} after step {step} of {phase.num_steps}; the state is saved: "
                         "run the same command again to continue"
                     )
-                if checkpoint_steps and step % checkpoint_steps == 0 or step == phase.num_steps:
-                    save(step)
             carry, state = _own(phase.finish(carry, state)), None
-        return carry, seconds, recorder.records
+        return carry, dict(seconds), recorder.records
+
+
+def _next_stop(step: int, num_steps: int, chunk_steps: int, checkpoint_steps: int) -> int:
+    """End of the chunk that starts at `step`: at most `chunk_steps` further, at a checkpoint, at the end."""
+    stop = min(step + chunk_steps, num_steps)
+    return min(stop, (step // checkpoint_steps + 1) * checkpoint_steps) if checkpoint_steps else stop
+
+
+def _advance(program: Program, state, arguments, step: int, stop: int) -> tuple[Any, list[dict[str, float]]]:
+    """Run a chunk; its infos, one a step, with the monitor's diagnostics in the last."""
+    state, columns = program.advance(state, *arguments, step, stop)
+    columns, monitored = jax.device_get((columns, program.monitor(state)))
+    infos = [{name: float(column[i]) for name, column in columns.items()} for i in range(stop - step)]
+    infos[-1].update({name: float(value) for name, value in monitored.items()})
+    return state, infos
 
 
 def _compile(phase: Phase, state, frozen, data, plan, key, *, chunk_steps: int) -> Program:
@@ -159,20 +167,15 @@ def _own(tree):
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def _rows(columns: dict[str, np.ndarray], count: int) -> list[dict[str, float]]:
-    return [{name: float(column[i]) for name, column in columns.items()} for i in range(count)]
-
-
-def _check_finite(phase: str, step: int, infos, checkpoints: Checkpoints, recorder: Recorder) -> None:
-    watched = ("loss", "outer_loss", "hypergradient_norm")
-    for i, info in enumerate(infos):
-        bad = [name for name in watched if not math.isfinite(info.get(name, 0.0))]
-        if bad:
-            raise AgwmError(
-                f"{phase}: {' and '.join(bad)} became {info[bad[0]]} at step {step + i}; the last good checkpoint is kept. "
-                "Lower the learning rate (search.inner, search.outer or finetune.optimizer), or the step size of a "
-                "Neumann series, and start in a new --run.output."
-            )
+def _check_finite(phase: str, step: int, infos: list[dict[str, float]]) -> None:
+    for i, info in enumerate(infos, start=step):
+        for name in ("loss", "outer_loss", "hypergradient_norm"):
+            if not math.isfinite(info.get(name, 0.0)):
+                raise AgwmError(
+                    f"{phase}: {name} became {info[name]} at step {i}; the last good checkpoint is kept. Lower the "
+                    "learning rate (search.inner, search.outer or finetune.optimizer), or the step size of a Neumann "
+                    "series, and start in a new --run.output."
+                )
 
 
 @contextlib.contextmanager

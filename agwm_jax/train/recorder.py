@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from tensorboardX import SummaryWriter
 
 from agwm_jax.diagnostics import search_warnings
@@ -65,7 +73,9 @@ class Recorder:
         """A line above the bars."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def chunk(self, phase: str, infos: Sequence[Mapping[str, float]], *, step: int, num_steps: int, offset: int) -> None:
+    def chunk(
+        self, phase: str, infos: Sequence[Mapping[str, float]], *, step: int, num_steps: int, offset: int
+    ) -> None:
         """Record steps `step`, `step` + 1, ... of a phase whose first step is the run's `offset`-th."""
         for i, info in enumerate(infos, start=step):
             values = {name: value if math.isfinite(value) else None for name, value in info.items()}

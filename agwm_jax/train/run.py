@@ -134,8 +134,8 @@ def _truncations(built: Built) -> list[dict[str, str]]:
     return [
         {
             "name": "texts_truncated",
-            "message": f"{report.truncated} of {report.examples} texts of the split {split} were cut to {report.length} tokens "
-            f"(the longest has {report.longest}): raise data.max_length or data.pad_to.",
+            "message": f"{report.truncated} of {report.examples} texts of split {split} were cut to {report.length} "
+            f"tokens (the longest has {report.longest}): raise data.max_length or data.pad_to.",
         }
         for split, report in built.encoding.items()
         if report.truncated
@@ -149,8 +149,8 @@ def _set_compilation_cache(folder: str | None) -> None:
 def _warn_about_identifiability(config: Config) -> None:
     if config.method.name == "agwm" and config.hypergradient.estimator == "neumann" and config.search.anchor == 0:
         warnings.warn(
-            "hypergradient.estimator: neumann with search.anchor: 0. Without an anchor the task weights can undo alpha, the "
-            "exact hypergradient at the inner optimum is zero, and a longer series comes closer to zero; set "
+            "hypergradient.estimator neumann with search.anchor 0: without an anchor the task weights can undo alpha, "
+            "the exact hypergradient at the inner optimum is zero, and a longer series comes closer to zero; set "
             "search.anchor, for example to 0.1.",
             stacklevel=3,
         )
@@ -192,7 +192,9 @@ def _git_commit() -> str | None:
     if not (where / ".git").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

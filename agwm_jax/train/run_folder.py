@@ -31,7 +31,7 @@ def check(folder: Path, config: Config) -> None:
         if config_fingerprint(theirs) != config_fingerprint(config):
             changes = "; ".join(_differences(theirs.model_dump(mode="json"), config.model_dump(mode="json")))
             raise AgwmError(
-                f"{folder} holds a run of another config ({changes}); choose another --run.output, or remove the folder."
+                f"{folder} holds a run of another config ({changes}); choose another --run.output or remove the folder."
             )
         return
     if folder.exists() and any(folder.iterdir()):
@@ -84,7 +84,9 @@ def save_weights(folder: Path, weights: Weights, *, complement: str, rank: int |
         metadata = {"format": ALPHA_FORMAT, "complement": complement, "rank": str(rank)}
         _save(folder / "alpha.safetensors", tensors, metadata)
     if task:
-        _save(folder / "task.safetensors", {path: np.asarray(x) for path, x in weights.task.items()}, {"format": "flax"})
+        _save(
+            folder / "task.safetensors", {path: np.asarray(x) for path, x in weights.task.items()}, {"format": "flax"}
+        )
 
 
 def load_weights(folder: Path, *, complement: str) -> Weights:
@@ -109,7 +111,9 @@ def load_alpha(path: Path, *, complement: str) -> Alpha:
     """
     tensors, metadata = _load(path)
     if metadata.get("format") != ALPHA_FORMAT:
-        raise AgwmError(f"{path} is no alpha of this library (format {metadata.get('format')!r}, expected {ALPHA_FORMAT!r}).")
+        raise AgwmError(
+            f"{path} is no alpha of this library (format {metadata.get('format')!r}, expected {ALPHA_FORMAT!r})."
+        )
     if metadata["complement"] != complement:
         raise AgwmError(
             f"{path} was trained with complement={metadata['complement']!r} and must not be mixed with {complement!r}."
@@ -140,7 +144,7 @@ def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) 
 def _load(path: Path) -> tuple[Params, dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}
+            return {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, FileNotFoundError) as error:
         raise AgwmError(f"{path} cannot be read as safetensors: {error}; restore it or train again.") from error
 

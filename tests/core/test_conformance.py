@@ -79,6 +79,12 @@ def test_one_trace_serves_ten_steps(run):
     assert run.traces == 1
 
 
+def test_a_step_calls_nothing_on_the_host(run):
+    # The transfer guard of the run sees what goes in with a call, not what a program does inside.
+    jaxpr = jax.make_jaxpr(run.step)(run.net.partition.frozen, run.init(0), *batches(run.net, 0))
+    assert "callback" not in str(jaxpr)
+
+
 def test_state_keeps_structure_shapes_and_dtypes(run):
     def spec(state):
         return jax.tree.map(lambda x: (x.shape, x.dtype), state)

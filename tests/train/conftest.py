@@ -21,7 +21,9 @@ from agwm_jax.models.functional import functionalize
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A Hugging Face folder: random BERT of two layers with pooler, and a word tokenizer for the agreement task."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = {w for split in agreement_task().splits.values() for text in split["text"] for w in re.findall(r"\w+", text)}
+    words = {
+        w for split in agreement_task().splits.values() for text in split["text"] for w in re.findall(r"\w+", text)
+    }
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".,?'", *sorted({w.lower() for w in words})]
     config = BertConfig(len(vocabulary), 16, 2, 2, 32, max_position_embeddings=40)
     _, params = functionalize(BertClassifier(config, num_labels=2, rngs=nnx.Rngs(0)))
@@ -29,7 +31,9 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     save_file(to_tensors(encoder), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config) | {"model_type": "bert"}))
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+    )
     return folder
 
 

@@ -13,7 +13,11 @@ from agwm_jax.train.checkpoint import Checkpoints, Position, abstract
 
 
 def state(value):
-    return {"task": {"a.kernel": jnp.full((64, 64), value)}, "alpha": {"a.kernel": LowRank(jnp.ones((4, 1)), jnp.zeros((1, 4)))}, "none": {}}
+    return {
+        "task": {"a.kernel": jnp.full((64, 64), value)},
+        "alpha": {"a.kernel": LowRank(jnp.ones((4, 1)), jnp.zeros((1, 4)))},
+        "none": {},
+    }
 
 
 def restore(checkpoints):
@@ -84,7 +88,7 @@ def test_a_write_that_fails_keeps_what_is_there(folder):
     large = {"x": jax.random.normal(jax.random.key(0), (512, 512))}
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk does, without one
     try:
-        with pytest.raises(AgwmError, match="could not write a checkpoint.*earlier checkpoints are kept"):
+        with pytest.raises(AgwmError, match=r"could not write a checkpoint.*earlier checkpoints are kept"):
             checkpoints.save(4, Position(0, 4, {}), large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -68,7 +68,7 @@ def test_alpha_file_says_how_it_was_trained(agwm_run):
     assert alpha.keys() == start.keys()
     moved = [float(abs(np.asarray(alpha[path].left) - np.asarray(start[path].left)).max()) for path in alpha]
     assert min(moved) > 1e-3
-    assert all(0 <= float(x.min()) and float(x.max()) <= 1 for x in jax.tree.leaves(alpha))
+    assert all(float(x.min()) >= 0 and float(x.max()) <= 1 for x in jax.tree.leaves(alpha))
     with pytest.raises(AgwmError, match="trained with complement='convex' and must not be mixed with 'factored'"):
         load_alpha(folder / "alpha.safetensors", complement="factored")
 
@@ -180,7 +180,8 @@ def test_a_regression_learns_from_pairs(configure, tmp_path, settings):
     for split, n in (("train", 60), ("validation", 30)):
         a, b = rng.choice(words, n), rng.choice(words, n)
         lines = [
-            json.dumps({"s1": str(x), "s2": str(y), "score": 5.0 * x.startswith("key")}) for x, y in zip(a, b, strict=True)
+            json.dumps({"s1": str(x), "s2": str(y), "score": 5.0 * x.startswith("key")})
+            for x, y in zip(a, b, strict=True)
         ]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     kept = [word for pair in zip(settings[::2], settings[1::2], strict=True) for word in pair if "_size" not in pair[0]]
@@ -204,7 +205,9 @@ def test_a_regression_learns_from_pairs(configure, tmp_path, settings):
 
 
 def test_no_loss_means_stop_with_the_last_good_state_kept(configure):
-    config = configure("--method", "vanilla", "--finetune.optimizer.learning_rate", "1e30", "--run.checkpoint_steps", "1")
+    config = configure(
+        "--method", "vanilla", "--finetune.optimizer.learning_rate", "1e30", "--run.checkpoint_steps", "1"
+    )
     with pytest.raises(AgwmError, match=r"finetune: loss became nan at step \d+; the last good checkpoint is kept"):
         train(config, progress=False)
     assert list((_folder(config) / "checkpoints").glob("[0-9]*"))
