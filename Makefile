@@ -21,7 +21,8 @@ help:
 	@sed -n '1,3s/^# //p' Makefile
 
 quickstart: $(VENV)/.train
-	$(BIN)/python experiments/quickstart.py
+	$(BIN)/python experiments/compare_methods.py --config configs/agreement.yaml --methods vanilla agwm --seeds 0 1 \
+	  --equal-passes --output runs/quickstart
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -73,6 +73,7 @@ def bilevel(
     Example:
         The toy of the DARTS paper; descent along the direct term alone ends at (2, 2), not at the optimum (1, 1).
 
+        >>> import jax, jax.numpy as jnp, optax
         >>> from agwm_jax import Problem, bilevel, hypergrad
         >>> toy = Problem(lambda w, a, _: (w - a) ** 2, lambda w, a, _: a * w - 2 * a + 1)
         >>> solver = bilevel(toy, hypergrad.unrolled(), inner_tx=optax.sgd(0.5), outer_tx=optax.sgd(0.1))

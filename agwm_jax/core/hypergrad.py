@@ -135,7 +135,9 @@ def implicit(solver: LinearSolver) -> Hypergradient:
         )
         x = solver.solve(lambda p: product(p)[0], v)
         hx, jx = product(x)
-        residual = optax.tree.norm(optax.tree.sub(hx, v)) / optax.tree.norm(v)
+        v_norm = optax.tree.norm(v)
+        # Where the outer loss does not see the inner variable, v = x = 0 solves the system: residual 0, not 0 / 0.
+        residual = optax.tree.norm(optax.tree.sub(hx, v)) / jnp.where(v_norm > 0, v_norm, 1)
         info = {"inner_loss": jnp.mean(losses), "outer_loss": value, "residual": residual}
         return Estimate(optax.tree.sub(direct, jx), inner, state, info)
 

@@ -111,6 +111,11 @@ def mix(
 
 
 def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array, complement: Complement) -> Array:
+    if isinstance(factors, LowRank) and factors.left.shape[-1] != factors.right.shape[-2]:
+        raise AgwmError(
+            f"{path!r}: left has rank {factors.left.shape[-1]} and right {factors.right.shape[-2]}; expected one rank, "
+            "left [d_in, r] and right [r, d_out]."
+        )
     a = gate(factors)
     if a.shape != task.shape or a.shape != pretrained.shape:
         raise AgwmError(
@@ -143,6 +148,9 @@ def mixup_problem(
         anchor: strength of ``anchor / 2 * |W - W0|^2`` in the inner loss; at 0 the exact hypergradient vanishes at the
             inner optimum wherever A > 0.
     """
+
+    if anchor < 0:
+        raise AgwmError(f"anchor = {anchor}: expected a strength of 0 or more.")
 
     def outer_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
         return loss(mix(frozen, task, alpha, complement=complement), batch)

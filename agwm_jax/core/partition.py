@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from agwm_jax.core.types import Params
@@ -62,18 +63,22 @@ def partition(params: PyTree, *, mixed: str, frozen: str | None = None) -> Parti
             or both patterns match one path.
 
     Example:
+        >>> import jax.numpy as jnp
+        >>> from agwm_jax import partition
         >>> weights = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
         >>> parts = partition(weights, mixed=r".*kernel")
         >>> parts.mixed, sorted(parts.task), sorted(parts.frozen)
         (('dense.kernel',), ['dense.bias', 'dense.kernel'], ['dense.kernel'])
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
-    named = [(_path_name(path), leaf) for path, leaf in keyed]
+    named, treedef = _named_leaves(params)
     paths = tuple(name for name, _ in named)
     if len(set(paths)) < len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise AgwmError(f"two leaves have the same path: {_listed(twice)}; rename a key so that paths are unique.")
-    weights = {name: leaf for name, leaf in named if _is_weight(leaf)}
+    # A NumPy array is copied: as W0 it would change when its owner changes it, and go to the device at every call.
+    weights = {name: jnp.array(x) if isinstance(x, np.ndarray) else x for name, x in named if _is_weight(x)}
+    if not weights:
+        raise AgwmError("`params` has no floating-point array to train; expected the weights of a model.")
     static = {name: leaf for name, leaf in named if not _is_weight(leaf)}
 
     mixed_paths = _matching("mixed", mixed, weights)
@@ -95,10 +100,18 @@ def partition(params: PyTree, *, mixed: str, frozen: str | None = None) -> Parti
     )
 
 
-def _path_name(path) -> str:
-    # An NNX variable is itself a node whose one child is `value`: not part of the name that its user knows.
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.removesuffix(".value")
+def _named_leaves(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+    # An NNX variable is itself a node with one child, which is not part of the name that its user knows.
+    nodes, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_nnx_variable)
+    variables = {path for path, node in nodes if _is_nnx_variable(node)}
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
+    short = [(path[:-1] if path[:-1] in variables else path, leaf) for path, leaf in keyed]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in short], treedef
+
+
+def _is_nnx_variable(node) -> bool:
+    # By name: the core does not import flax.
+    return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(node).__mro__)
 
 
 def _is_weight(leaf) -> bool:

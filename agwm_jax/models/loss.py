@@ -1,6 +1,7 @@
 """The training loss of a model: a mean over the real examples of a batch."""
 
 from collections.abc import Callable
+
 import jax.numpy as jnp
 import optax
 

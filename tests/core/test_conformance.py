@@ -163,6 +163,12 @@ def test_bfloat16_losses_keep_float32_states(run, request):
         assert (x.shape, x.dtype) == (expected.shape, expected.dtype)
         assert jnp.all(jnp.isfinite(x))
     assert all(value.dtype == jnp.float32 for value in info.values())
-    for name in ("inner_loss", "outer_loss", "hypergradient_norm"):
-        assert float(info[name]) == pytest.approx(run.infos[0][name], rel=0.05), name
+    # An exact solve of this indefinite system enlarges the rounding of H: its residual grows from 1e-6 to 0.08.
+    solved = request.node.callspec.params["run"] == "dense"
+    for name, tolerance in (
+        ("inner_loss", 0.005),
+        ("outer_loss", 0.005),
+        ("hypergradient_norm", 0.15 if solved else 0.02),
+    ):
+        assert float(info[name]) == pytest.approx(run.infos[0][name], rel=tolerance), name
     assert float(info["outer_loss"]) != run.infos[0]["outer_loss"]  # it did compute in bfloat16

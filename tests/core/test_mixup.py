@@ -221,3 +221,14 @@ def test_anchor_acts_on_the_mixed_weights_of_the_inner_loss_only():
     assert float(without.inner_loss(task, alpha, 10.0)) == pytest.approx(20)
     factored = mixup_problem(loss, {"w": jnp.ones((2, 2))}, mixed=("w",), complement="factored")
     assert float(factored.outer_loss(task, alpha, 1.0)) == pytest.approx(4 * (0.25 * 2 + 0.25))
+
+
+def test_factors_of_two_ranks_are_refused():
+    weights = {"w": jnp.ones((4, 3))}
+    with pytest.raises(AgwmError, match="'w': left has rank 1 and right 4; expected one rank"):
+        mix(weights, weights, {"w": LowRank(jnp.ones((4, 1)), jnp.ones((4, 3)))})
+
+
+def test_a_negative_anchor_is_refused():
+    with pytest.raises(AgwmError, match=r"anchor = -1\.0: expected a strength of 0 or more"):
+        mixup_problem(lambda params, batch: params["w"].sum(), {"w": jnp.ones((2, 2))}, mixed=("w",), anchor=-1.0)
