@@ -1,4 +1,4 @@
-"""From settings to objects: the only reader of a config."""
+"""From settings to objects: task, model, method, optimisers."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -47,8 +47,7 @@ def build(config: Config) -> Built:
     method = build_method(config, task, pretrained, parts.mixed, num_examples=len(encoded["train"].labels))
     key = stream_key(config, "dropout")
     alpha = method.init_alpha(stream_key(config, "alpha"), parts)
-    frozen = {path: jnp.asarray(weight) for path, weight in parts.frozen.items()}
-    return Built(task, encoded, encoding, pretrained, method, frozen, Weights(parts.task, alpha), key)
+    return Built(task, encoded, encoding, pretrained, method, parts.frozen, Weights(parts.task, alpha), key)
 
 
 def build_task(config: Config) -> Task:

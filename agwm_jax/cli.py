@@ -229,4 +229,4 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, what it was raised from, and so on."""
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__

@@ -145,7 +145,8 @@ def _not_finite(phase: Sequence[Mapping[str, Any]]) -> str:
 
 def _vanished(phase: Sequence[Mapping[str, Any]], tiny: float) -> str:
     norms = _finite(_values(phase, "hypergradient_norm"))
-    share = float(np.mean(norms < tiny)) if len(norms) else 0.0
+    # The first is exactly zero: there W is still W0, and whatever alpha is, their mixture is the same.
+    share = float(np.mean(norms < tiny)) if len(norms) >= MIN_STEPS else 0.0
     return f"the hypergradient norm is below {tiny:g} at {share:.0%} of the steps." if share > 0.5 else ""
 
 

@@ -92,7 +92,7 @@ class TableTask(TaskSection):
     )
     group_column: str | None = Field(default=None, description="column to break the scores down by")
     metrics: Metrics | None = Field(
-        default=None, description="scores, main one first; null: accuracy, or spearman and pearson"
+        default=None, description="scores, main one first; null: accuracy and macro_f1, or spearman and pearson"
     )
     report_split: Literal["validation", "test"] = Field(
         default="validation", description="split whose score is the result"
@@ -231,7 +231,7 @@ class OptimizerConfig(Section):
     )
     b1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's first moment")
     b2: float = Field(default=0.999, ge=0, lt=1, description="decay of Adam's second moment")
-    eps: float = Field(default=1e-8, gt=0, description="added to Adam's denominator")
+    eps: float = Field(default=1e-8, ge=1e-15, description="added to Adam's denominator")
 
 
 class InnerOptimizer(OptimizerConfig):
@@ -262,7 +262,7 @@ class Search(Section):
     )
     inner_steps: int = Field(default=1, ge=1, description="updates of W for one of alpha")
     rollback: bool = Field(
-        default=True, description="take the kept inner update anew with the new alpha (costs one pass more)"
+        default=True, description="take the kept inner updates anew with the new alpha (costs inner_steps passes)"
     )
     anchor: float = Field(
         default=0.0, ge=0, description="anchor/2 |W - W0|^2 in the inner loss; 0 makes alpha unidentifiable"
@@ -314,13 +314,20 @@ class Run(Section):
     checkpoint_steps: int = Field(
         default=50, ge=0, description="steps between checkpoints, 0: at the end of a phase only"
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept")
+    keep_checkpoints: int = Field(
+        default=2, ge=2, description="newest checkpoints kept; the one before is the fallback"
+    )
     tensorboard: bool = Field(default=True, description="write TensorBoard events too")
     compilation_cache: str | None = Field(
         default="~/.cache/agwm_jax/xla", description="folder of compiled programs, null for none"
     )
     save_weights: bool = Field(default=True, description="keep the final task weights in the run folder")
     export: bool = Field(default=False, description="write the merged Hugging Face folder at the end")
+
+    @model_validator(mode="after")
+    def _export_has_weights(self):
+        _refuse((self.export and not self.save_weights, "export: needs save_weights true"))
+        return self
 
 
 class Config(Section):

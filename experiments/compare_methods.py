@@ -9,54 +9,86 @@ memory is its own.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from agwm_jax.config import load_config
 from agwm_jax.errors import AgwmError
 from agwm_jax.report import write_report
 
+METHODS = ("vanilla", "frozen_alpha", "agwm")
+
 
 def main() -> int:
     """Train what is not trained yet, then write the report; the exit code of the first run that fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="YAML file of the task and the settings")
-    parser.add_argument("--methods", nargs="+", default=["vanilla", "frozen_alpha", "agwm"])
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the task and the settings")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--output", type=Path, default=Path("runs/comparison"), help="folder of the run folders")
     parser.add_argument("--equal-passes", action="store_true", help="give methods without a search its epochs too")
     parser.add_argument("--report", type=Path, help="folder of tables and plots (default: OUTPUT/report)")
     arguments, settings = parser.parse_known_args()
-
     try:
-        config = load_config(arguments.config, settings)
-    except AgwmError as error:
-        print(error, file=sys.stderr)
-        return 2
-    all_passes = ["--finetune.epochs", str(config.finetune.epochs + config.search.epochs)]
-
-    pairs = [(seed, method) for seed in arguments.seeds for method in arguments.methods]
-    for number, (seed, method) in enumerate(pairs, start=1):
-        folder = arguments.output / method / f"seed-{seed}"
-        print(f"[{number}/{len(pairs)}] {method}, seed {seed}", flush=True)
-        run = ["--method", method, "--seed", str(seed), "--output", str(folder)]
-        command = [sys.executable, "-m", "agwm_jax", "train", "--config", arguments.config, *run, *settings]
-        if arguments.equal_passes and method != "agwm":
-            command += all_passes
-        code = subprocess.run(command).returncode
-        if code:
-            return code
-    try:
-        report = write_report(
-            [arguments.output / method for method in arguments.methods], arguments.report or arguments.output / "report"
+        folders = run_all(
+            arguments.config,
+            arguments.methods,
+            arguments.seeds,
+            arguments.output,
+            settings,
+            equal_passes=arguments.equal_passes,
         )
+        report = write_report(folders, arguments.report or arguments.output / "report")
     except AgwmError as error:
-        print(error, file=sys.stderr)
+        print(f"compare_methods: {error}", file=sys.stderr)
         return 2
     print(f"\n{report.markdown}")
     print("Written:", *(f"  {path}" for path in report.files), sep="\n")
     return 0
+
+
+def run_all(
+    config: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    output: Path,
+    settings: Sequence[str],
+    *,
+    equal_passes: bool,
+) -> list[Path]:
+    """Run every method with every seed, or what is left of it; the run folders.
+
+    Raises:
+        AgwmError: bad settings.
+        SystemExit: a run failed or was interrupted; with its exit code.
+    """
+    defaults = load_config(config, settings)
+    all_passes = ["--finetune.epochs", str(defaults.finetune.epochs + defaults.search.epochs)]
+    pairs = [(seed, method) for seed in seeds for method in methods]
+    folders = []
+    for number, (seed, method) in enumerate(pairs, start=1):
+        folder = output / method / f"seed-{seed}"
+        print(f"[{number}/{len(pairs)}] {method}, seed {seed}", flush=True)
+        passes = all_passes if equal_passes and method != "agwm" else []
+        own = ["--method", method, "--seed", str(seed), "--output", str(folder)]
+        _train(["--config", str(config), *settings, *passes, *own])
+        folders.append(folder)
+    return folders
+
+
+def _train(arguments: Sequence[str]) -> None:
+    child = subprocess.Popen([sys.executable, "-m", "agwm_jax", "train", *arguments])
+    # Ctrl-C reaches the child too, which saves its state and says how to continue: wait for that.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = child.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import optax
 
@@ -98,6 +99,9 @@ def bilevel(
         estimate = hypergrad.estimate(
             problem, update, state.inner, state.outer, inner_batches, outer_batch, state.estimator
         )
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            estimate.hypergradient, state.outer
+        )  # an estimator may be the user's
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
         inner = inner_steps(update, state.inner, outer, inner_batches)[0] if rollback else estimate.inner

@@ -164,6 +164,8 @@ def mixup_problem(
 
 def alpha_statistics(alpha: Alpha) -> dict[str, Scalar]:
     """Mean and standard deviation of A over all mixed entries, and the shares below 0.05 and above 0.95."""
+    if not alpha:
+        raise AgwmError("alpha has no gates to describe; expected what `init_alpha` gives.")
     gates = [gate(factors) for factors in alpha.values()]
     total = sum(a.size for a in gates)
 

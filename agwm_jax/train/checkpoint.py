@@ -62,18 +62,24 @@ class Checkpoints:
                 stale.unlink()
 
     def restore(self, template) -> tuple[Position, Any] | None:
-        """The newest checkpoint that is whole, or None.
+        """The newest checkpoint that is whole, or None; damaged ones are removed.
 
         Args:
             template: ``template(position) -> pytree of ShapeDtypeStruct`` as `state` was when saved there.
 
         Raises:
-            AgwmError: the checkpoint belongs to other data.
+            AgwmError: the checkpoint belongs to other data, or is whole but cannot be read; nothing is removed then.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
+            if not self._is_whole(step):
+                log.warning(
+                    "checkpoint %s is damaged: a file differs from what was written. It is removed, falling back to "
+                    "the one before, or to the start where there is none.",
+                    self._folder / str(step),
+                )
+                self._manager.delete(step)
+                continue
             try:
-                if json.loads(self._digests(step).read_text()) != self._digest(step):
-                    raise ValueError("a file differs from what was written")
                 content = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
                 content = dict(content["position"])
                 fingerprint = content.pop("fingerprint")
@@ -81,27 +87,37 @@ class Checkpoints:
                 if fingerprint == self._fingerprint:
                     args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
                     return position, self._manager.restore(step, args=args)["state"]
-            except Exception as error:  # whatever is wrong with it, an older one may be whole
-                log.warning(
-                    "checkpoint %s is damaged (%s); falling back to the one before.",
-                    self._folder / str(step),
-                    _first_line(error),
-                )
-                self._manager.delete(step)
-                continue
+            except Exception as error:  # Orbax raises what it likes
+                raise AgwmError(
+                    f"checkpoint {self._folder / str(step)} is whole but cannot be read ({_first_line(error)}); was it "
+                    "written by another version? Continue with that version, or choose another --run.output."
+                ) from error
             raise AgwmError(
-                f"the checkpoints in {self._folder} were made with other training data: the data changed since; "
-                "restore it, or choose another --run.output to start anew."
+                f"the checkpoints in {self._folder} were made with other training data or another pretrained model: "
+                "one of them changed since; restore it, or choose another --run.output to start anew."
             )
         return None
 
-    def close(self, *, delete: bool = False) -> None:
-        """Release the folder; with `delete`, remove all checkpoints (the run is finished)."""
-        if delete:
-            for step in self._manager.all_steps():
-                self._manager.delete(step)
-                self._digests(step).unlink(missing_ok=True)
+    @property
+    def latest(self) -> int | None:
+        """Global step of the newest checkpoint."""
+        return self._manager.latest_step()
+
+    def delete(self) -> None:
+        """Remove all checkpoints: the run is finished."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
+            self._digests(step).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Release the folder."""
         self._manager.close()
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            return json.loads(self._digests(step).read_text()) == self._digest(step)
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _digests(self, step: int) -> Path:
         return self._folder / f"{step}.sha256.json"

@@ -1,6 +1,7 @@
 """Scores and predictions of a model, and of a finished run."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from agwm_jax.build import build_model, build_task, text_and_label_columns
 from agwm_jax.config import Config
 from agwm_jax.core.mixup import mix
 from agwm_jax.core.partition import partition
-from agwm_jax.core.types import Params
+from agwm_jax.core.types import Batch, Params
 from agwm_jax.data.encode import Encoded, encode
+from agwm_jax.data.files import check_extension
 from agwm_jax.data.plan import evaluation_plan
 from agwm_jax.data.predictions import read_texts, write_predictions
 from agwm_jax.data.tasks import Task, read_labelled
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.phase import Weights
 from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
-from agwm_jax.train.batches import gather
-from agwm_jax.train.run_folder import load_weights, read_config
+from agwm_jax.train.run_folder import load_weights, read_config, read_result, weights_digest
 
 Columns = dict[str, jax.Array]
 
@@ -43,16 +43,17 @@ def predict_logits(
     apply: Callable[..., jax.Array], params: Params, encoded: Encoded, *, batch_size: int
 ) -> Float[np.ndarray, "n c"]:
     """Logits of every example of a split, without dropout."""
-    n = len(encoded.input_ids)
-    rows = evaluation_plan(n, batch_size=min(batch_size, n))
-    data = columns_on_device(encoded)
+    columns = {name: column for name, column in encoded._asdict().items() if name != "labels"}
+    logits = []
+    for rows in evaluation_plan(len(encoded.labels), batch_size=batch_size):
+        # Of one shape whatever the split, so that one program serves all splits of one length.
+        logits.append(_batch_logits(apply, params, {name: x[np.maximum(rows, 0)] for name, x in columns.items()}))
+    return np.concatenate([np.asarray(x) for x in logits])[: len(encoded.labels)]
 
-    @jax.jit
-    def all_logits(params, data, rows):
-        return jax.lax.map(lambda r: apply(params, gather(data, r)), rows)
 
-    logits = all_logits(params, data, jnp.asarray(rows))
-    return np.asarray(logits).reshape(-1, logits.shape[-1])[:n]
+@partial(jax.jit, static_argnums=0)
+def _batch_logits(apply: Callable[..., jax.Array], params: Params, batch: Batch) -> jax.Array:
+    return apply(params, batch)
 
 
 def scores(task: Task, name: str, logits: np.ndarray) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -71,21 +72,22 @@ def scores(task: Task, name: str, logits: np.ndarray) -> tuple[dict[str, float],
 
 
 def load_run(folder: Path) -> tuple[Config, Task, Pretrained, Params]:
-    """A finished run: config, task, and the pretrained model with the weights ``mix(W0, W, alpha)``."""
+    """A finished run: config, task (without its data), and the pretrained model with the weights ``mix(W0, W, alpha)``.
+
+    Raises:
+        AgwmError: no finished run, a damaged file, or model.path leads to another checkpoint than it did.
+    """
     config = read_config(folder)
-    weights = load_weights(folder, complement=config.mixup.complement)
-    task = build_task(config)
+    result = read_result(folder)
+    if result is None:
+        raise AgwmError(f"{folder} is not finished; run the same `agwm train` command again, it continues.")
+    task = Task(**{**result["task_description"], "splits": {}})
+    task = task._replace(label_names=tuple(task.label_names), metrics=tuple(task.metrics))
     pretrained = build_model(config, task)
-    return config, task, pretrained, merged(config, pretrained, weights)
-
-
-def merged(config: Config, pretrained: Pretrained, weights: Weights) -> Params:
-    """The weights of the forward pass."""
     parts = partition(pretrained.params, mixed=config.mixup.mixed, frozen=config.mixup.frozen)
-    if weights.task.keys() != parts.task.keys():
-        odd = sorted(weights.task.keys() ^ parts.task.keys())
-        raise AgwmError(f"the trained weights do not fit {config.model.path}: {', '.join(odd)} on one side only.")
-    return mix(parts.frozen, weights.task, weights.alpha, complement=config.mixup.complement)
+    digest = weights_digest(pretrained.params)
+    weights = load_weights(folder, complement=config.mixup.complement, pretrained=digest)
+    return config, task, pretrained, mix(parts.frozen, weights.task, weights.alpha, complement=config.mixup.complement)
 
 
 def evaluate_run(run: Path, split: str | None = None, file: Path | None = None) -> dict[str, Any]:
@@ -99,7 +101,9 @@ def evaluate_run(run: Path, split: str | None = None, file: Path | None = None) 
     """
     config, task, pretrained, params = load_run(run)
     name = split or task.report_split
-    if file is not None:
+    if file is None:
+        task = task._replace(splits=build_task(config).splits)
+    else:
         text_columns, label_column = text_and_label_columns(config)
         labelled = read_labelled(file, task, text_columns=text_columns, label_column=label_column)
         name = file.name
@@ -120,8 +124,11 @@ def predict_run(run: Path, input_file: Path, output_file: Path) -> int:
     Raises:
         AgwmError: no finished run, a bad file.
     """
+    check_extension(output_file)
+    if output_file.exists():
+        raise AgwmError(f"{output_file} exists; name another file, nothing is overwritten.")
+    texts = read_texts(input_file, text_columns=text_and_label_columns(read_config(run))[0])
     config, task, pretrained, params = load_run(run)
-    texts = read_texts(input_file, text_columns=text_and_label_columns(config)[0])
     logits = _logits(config, task, pretrained, params, texts.split)
     if task.kind == "regression":
         write_predictions(output_file, texts, predictions=[float(x) for x in logits[:, 0]])
@@ -146,11 +153,6 @@ def export_run(run: Path, folder: Path) -> str | None:
         AgwmError: no finished run, or `folder` holds files.
     """
     _, task, pretrained, params = load_run(run)
-    return export(folder, task, pretrained, params)
-
-
-def export(folder: Path, task: Task, pretrained: Pretrained, params: Params) -> str | None:
-    """As `export_run`, from what is in memory."""
     save_pretrained(folder, params, pretrained, label_names=task.label_names or None)
     return transformers_compatible(pretrained)
 

@@ -96,21 +96,24 @@ def fit(
                 state = _own(jax.jit(phase.start)(frozen, initial, carry))
             plan = {name: jnp.asarray(rows) for name, rows in phase.plan.items()}
             arguments = (frozen, data, plan, jax.random.fold_in(key, zlib.crc32(phase.name.encode())))
-            if phase.step not in programs:
-                programs[phase.step] = _compile(phase, state, *arguments, chunk_steps=chunk_steps)
-                seconds["compile"] += programs[phase.step].seconds
+            shared = (phase.step, *((name, rows.shape) for name, rows in plan.items()))
             step = first
             while step < phase.num_steps:
+                if shared not in programs:
+                    programs[shared] = _compile(phase, state, *arguments, chunk_steps=chunk_steps)
+                    seconds["compile"] += programs[shared].seconds
                 began = time.perf_counter()
                 stop = _next_stop(step, phase.num_steps, chunk_steps, checkpoint_steps)
-                state, infos = _advance(programs[phase.step], state, arguments, step, stop)
-                _check_finite(phase.name, step, infos)
+                state, infos = _advance(programs[shared], state, arguments, step, stop)
                 recorder.chunk(phase.name, infos, step=step, num_steps=phase.num_steps, offset=offset)
+                _check_finite(phase.name, step, infos, checkpoints.latest)
                 step = stop
                 seconds[phase.name] += time.perf_counter() - began
                 at_checkpoint = step == phase.num_steps or (checkpoint_steps and step % checkpoint_steps == 0)
                 if at_checkpoint or interrupted.is_set():
                     began = time.perf_counter()
+                    if not _all_finite(state):
+                        raise AgwmError(_diverged(phase.name, "a weight", "not finite", step - 1, checkpoints.latest))
                     saved = {"state": state, "carry": carry}
                     checkpoints.save(offset + step, Position(index, step, dict(seconds)), saved)
                     seconds["checkpoint"] += time.perf_counter() - began
@@ -120,6 +123,8 @@ def fit(
                         "run the same command again to continue"
                     )
             carry, state = _own(phase.finish(carry, state)), None
+        if interrupted.is_set():
+            raise Interrupted("stopped after the last step; the state is saved: run the same command again to continue")
         return carry, dict(seconds), recorder.records
 
 
@@ -167,15 +172,25 @@ def _own(tree):
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def _check_finite(phase: str, step: int, infos: list[dict[str, float]]) -> None:
+def _check_finite(phase: str, step: int, infos: list[dict[str, float]], kept: int | None) -> None:
     for i, info in enumerate(infos, start=step):
         for name in ("loss", "outer_loss", "hypergradient_norm"):
             if not math.isfinite(info.get(name, 0.0)):
-                raise AgwmError(
-                    f"{phase}: {name} became {info[name]} at step {i}; the last good checkpoint is kept. Lower the "
-                    "learning rate (search.inner, search.outer or finetune.optimizer), or the step size of a Neumann "
-                    "series, and start in a new --run.output."
-                )
+                raise AgwmError(_diverged(phase, name, str(info[name]), i, kept))
+
+
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def _diverged(phase: str, what: str, value: str, step: int, kept: int | None) -> str:
+    state = "there is no checkpoint before it" if kept is None else f"the checkpoint of step {kept} of the run is kept"
+    return (
+        f"{phase}: {what} became {value} at step {step}; {state}. Lower the learning rate (search.inner, search.outer "
+        "or finetune.optimizer), or the step size of a Neumann series, and start in a new --run.output."
+    )
 
 
 @contextlib.contextmanager

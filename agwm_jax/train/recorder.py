@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from agwm_jax.diagnostics import search_warnings
+from agwm_jax.train.run_folder import write_text
 
 
 class Recorder:
@@ -35,9 +39,9 @@ class Recorder:
         """Open the files of `folder`."""
         path = folder / "metrics.jsonl"
         self.records: list[dict[str, Any]] = _records_before(path, resume_step)
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step) if tensorboard else None
+        self._events = _open_events(folder / "tensorboard", resume_step) if tensorboard else None
         self.console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
@@ -51,7 +55,8 @@ class Recorder:
             disable=not progress,
         )
         self._bars: dict[str, TaskID] = {}
-        self._warned: set[tuple[str, str]] = set()
+        self._phase: list[dict[str, Any]] = []
+        self._warned: set[str] = set()
 
     def __enter__(self):
         """Show the bars."""
@@ -67,11 +72,14 @@ class Recorder:
 
     def begin(self, phase: str, *, step: int, num_steps: int) -> None:
         """A phase starts, or continues at `step`."""
+        self._phase = [record for record in self.records if record["phase"] == phase]
+        self._warned = set()
+        self._next_look = 0.0
         self._bars[phase] = self._progress.add_task(phase, total=num_steps, completed=step, losses="compiling")
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def chunk(
         self, phase: str, infos: Sequence[Mapping[str, float]], *, step: int, num_steps: int, offset: int
@@ -81,22 +89,39 @@ class Recorder:
             values = {name: value if math.isfinite(value) else None for name, value in info.items()}
             record = {"phase": phase, "step": i, "num_steps": num_steps, "global_step": offset + i, **values}
             self.records.append(record)
+            self._phase.append(record)
             self._file.write(json.dumps(record) + "\n")
             if self._events is not None:
                 for name, value in info.items():
-                    self._events.add_scalar(f"{phase.split('-')[0]}/{name}", value, offset + i)
+                    summary = scalar(f"{phase.split('-')[0]}/{name}", value)
+                    self._events.write_event(Event(wall_time=time.time(), step=offset + i, summary=summary))
         self._file.flush()
+        if self._events is not None:
+            self._events.flush()
         last = infos[-1]
         losses = f"loss {last['loss']:.4f}" + (f"  outer {last['outer_loss']:.4f}" if "outer_loss" in last else "")
         self._progress.update(self._bars[phase], completed=step + len(infos), losses=losses)
-        self._warn(phase)
+        if phase.startswith("search"):
+            self._warn(last_chunk=step + len(infos) == num_steps)
 
-    def _warn(self, phase: str) -> None:
-        """Name a failure signature the first time that a phase shows it."""
-        for warning in search_warnings([record for record in self.records if record["phase"] == phase]):
-            if (phase, warning.name) not in self._warned:
-                self._warned.add((phase, warning.name))
+    def _warn(self, *, last_chunk: bool) -> None:
+        """Name a failure signature the first time that a search shows it."""
+        # Looking costs a pass over the records: at growing distances, so that a long search costs a few passes in all.
+        if len(self._phase) < self._next_look and not last_chunk:
+            return
+        self._next_look = 1.2 * len(self._phase)
+        for warning in search_warnings(self._phase):
+            if warning.name not in self._warned:
+                self._warned.add(warning.name)
                 self.say(f"warning: {warning.message} [{warning.name}]")
+
+
+def _open_events(folder: Path, resume_step: int) -> EventsWriter:
+    # Written by this thread: a summary writer has one of its own, which dies of a full disk, and the run then hangs.
+    folder.mkdir(exist_ok=True)
+    writer = EventsWriter(str(folder / "events"))
+    writer.write_event(Event(wall_time=time.time(), step=resume_step, session_log=SessionLog(status=SessionLog.START)))
+    return writer
 
 
 def _records_before(path: Path, global_step: int) -> list[dict[str, Any]]:

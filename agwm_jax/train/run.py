@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -17,12 +16,14 @@ import numpy as np
 
 from agwm_jax.build import Built, build
 from agwm_jax.config import Config
+from agwm_jax.core.mixup import mix
+from agwm_jax.data.tasks import Task
 from agwm_jax.diagnostics import search_warnings
 from agwm_jax.methods.phase import Weights
 from agwm_jax.train import run_folder
 from agwm_jax.train.checkpoint import Checkpoints
-from agwm_jax.train.evaluate import columns_on_device, export, merged, predict_logits, scores
-from agwm_jax.train.loop import fit
+from agwm_jax.train.evaluate import columns_on_device, export_run, predict_logits, scores
+from agwm_jax.train.loop import Interrupted, fit
 from agwm_jax.train.recorder import Recorder
 
 _PACKAGES = ("agwm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -44,49 +45,60 @@ def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
     """
     folder = Path(config.run.output)
     run_folder.check(folder, config)
-    finished = run_folder.read_result(folder)
-    if finished is not None:
-        return finished
+    try:
+        result = run_folder.read_result(folder) or _train(config, folder, progress=progress)
+        if config.run.export and not (folder / "export").exists():
+            deviation = export_run(folder, folder / "export")
+            if deviation is not None:
+                warnings.warn(f"exported, but transformers will not give the same logits: {deviation}", stacklevel=2)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; run the same command again to continue in {folder}") from None
+    return result
+
+
+def _train(config: Config, folder: Path, *, progress: bool) -> dict[str, Any]:
     _set_compilation_cache(config.run.compilation_cache)
     _warn_about_identifiability(config)
-
     began = time.perf_counter()
     built = build(config)
+    digest = run_folder.weights_digest(built.pretrained.params)
     prepared = time.perf_counter() - began
-    run_folder.claim(folder, config)  # not before: settings or data that are refused leave no folder behind
-    checkpoints = Checkpoints(
-        folder / "checkpoints", keep=config.run.keep_checkpoints, fingerprint=_data_fingerprint(built)
-    )
-    try:
-        weights, seconds, records = fit(
-            built.method,
-            frozen=built.frozen,
-            initial=built.initial,
-            data=columns_on_device(built.encoded["train"]),
-            key=built.key,
-            checkpoints=checkpoints,
-            make_recorder=lambda step: Recorder(
-                folder, resume_step=step, tensorboard=config.run.tensorboard, progress=progress
-            ),
-            chunk_steps=config.run.chunk_steps,
-            checkpoint_steps=config.run.checkpoint_steps,
+    # Not before: settings or data that are refused leave no folder behind.
+    with run_folder.claimed(folder, config):
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            keep=config.run.keep_checkpoints,
+            fingerprint=f"{digest} {_data_fingerprint(built)}",
         )
-        seconds = {"prepare": prepared, **seconds}
-        result = _result(config, built, weights, seconds, records)
-        run_folder.save_weights(
-            folder,
-            weights,
-            complement=config.mixup.complement,
-            rank=config.mixup.rank,
-            task=config.run.save_weights,
-        )
-        if config.run.export:
-            shutil.rmtree(folder / "export", ignore_errors=True)  # of a process that was killed before its result
-            export(folder / "export", built.task, built.pretrained, merged(config, built.pretrained, weights))
-        run_folder.write_result(folder, result)
-        checkpoints.close(delete=True)
-    finally:
-        checkpoints.close()
+        try:
+            weights, seconds, records = fit(
+                built.method,
+                frozen=built.frozen,
+                initial=built.initial,
+                data=columns_on_device(built.encoded["train"]),
+                key=built.key,
+                checkpoints=checkpoints,
+                make_recorder=lambda step: Recorder(
+                    folder, resume_step=step, tensorboard=config.run.tensorboard, progress=progress
+                ),
+                chunk_steps=config.run.chunk_steps,
+                checkpoint_steps=config.run.checkpoint_steps,
+            )
+            result = _result(config, built, weights, {"prepare": prepared, **seconds}, records)
+            run_folder.save_weights(
+                folder,
+                weights,
+                complement=config.mixup.complement,
+                rank=config.mixup.rank,
+                pretrained=digest,
+                task=config.run.save_weights,
+            )
+            run_folder.write_result(folder, result)
+            checkpoints.delete()
+        finally:
+            checkpoints.close()
     return result
 
 
@@ -94,7 +106,7 @@ def _result(
     config: Config, built: Built, weights: Weights, seconds: dict[str, float], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    params = merged(config, built.pretrained, weights)
+    params = mix(built.frozen, weights.task, weights.alpha, complement=config.mixup.complement)
     by_split, groups = {}, {}
     for split in built.task.splits:
         if split == "train":
@@ -123,11 +135,18 @@ def _result(
             "task": sum(x.size for x in weights.task.values()),
             "alpha": sum(x.size for x in jax.tree.leaves(weights.alpha)),
         },
+        # What is needed to use the model where the training data are not.
+        "task_description": _description(built.task),
         "versions": {"python": platform.python_version(), **_versions()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
         "git_commit": _git_commit(),
         "warnings": [*_truncations(built), *(warning._asdict() for warning in search_warnings(records))],
     }
+
+
+def _description(task: Task) -> dict[str, Any]:
+    fields = {name: value for name, value in task._asdict().items() if name != "splits"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
 def _truncations(built: Built) -> list[dict[str, str]]:
@@ -143,7 +162,8 @@ def _truncations(built: Built) -> list[dict[str, str]]:
 
 
 def _set_compilation_cache(folder: str | None) -> None:
-    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(Path(folder).expanduser()))
+    if folder is not None:  # null leaves what the user has set for JAX itself
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
 def _warn_about_identifiability(config: Config) -> None:

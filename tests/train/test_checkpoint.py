@@ -62,7 +62,7 @@ def test_a_damaged_one_gives_way_to_the_one_before_and_says_so(folder, damage, c
     assert position.step == 2
     assert bool((restored["task"]["a.kernel"] == 2.0).all())
     assert "3 is damaged" in caplog.text
-    assert "falling back" in caplog.text
+    assert "falling back to the one before" in caplog.text
 
 
 def test_nothing_whole_means_from_the_start(folder):
@@ -77,7 +77,7 @@ def test_one_without_digests_was_cut_short(folder):
 
 
 def test_other_data_is_refused_and_nothing_is_deleted(folder):
-    with pytest.raises(AgwmError, match="other training data"):
+    with pytest.raises(AgwmError, match="other training data or another pretrained model"):
         restore(Checkpoints(folder, keep=2, fingerprint="other"))
     assert (folder / "3").exists()
 

@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-LONG = ["--search.epochs", "15", "--finetune.epochs", "8", "--run.keep_checkpoints", "3", "--run.checkpoint_steps", "8"]
+LONG = [
+    "--search.num_splits",
+    "2",
+    "--search.epochs",
+    "8",
+    "--finetune.epochs",
+    "8",
+    "--run.keep_checkpoints",
+    "3",
+    "--run.checkpoint_steps",
+    "8",
+]
 
 
 def start(settings, folder):
@@ -62,7 +73,7 @@ def assert_same_end(folder, undisturbed):
 
 def test_sigkill_in_search_and_in_finetune_changes_no_bit(settings, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    for phase, step in (("search-0", 20), ("finetune", 12)):
+    for phase, step in (("search-1", 12), ("finetune", 12)):
         process = start(settings, folder)
         wait_for(process, folder, phase, step)
         os.kill(process.pid, signal.SIGKILL)
