@@ -52,6 +52,7 @@ def sections(field: FieldInfo) -> list[type[Section]]:
 
 
 def tag_of(section: type[Section], field: FieldInfo) -> str:
+    """What a choice between kinds of a section is called in a config: the value of its discriminator."""
     return get_args(section.model_fields[str(field.discriminator)].annotation)[0]
 
 
