@@ -15,6 +15,7 @@ from agwm_jax.core.mixup import mixup_problem as mixup_problem
 from agwm_jax.core.mixup import project_alpha as project_alpha
 from agwm_jax.core.partition import Partition as Partition
 from agwm_jax.core.partition import partition as partition
+from agwm_jax.core.types import Composite as Composite
 from agwm_jax.core.types import LowRank as LowRank
 from agwm_jax.core.types import Problem as Problem
 from agwm_jax.errors import AgwmError as AgwmError

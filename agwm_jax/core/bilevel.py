@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
-import jax
 import optax
 
-from agwm_jax.core.hypergrad import Hypergradient, InnerState, InnerUpdate, inner_steps
+from agwm_jax.core import check
+from agwm_jax.core.hypergrad import Hypergradient
+from agwm_jax.core.inner import InnerState, inner_steps
 from agwm_jax.core.types import Batch, Problem, Scalar
 
 
@@ -27,17 +27,6 @@ class BilevelSolver(NamedTuple):
     """``init(inner_params, outer) -> state``."""
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, dict[str, Scalar]]]
     """``step(state, inner_batches, outer_batch) -> (state, info)``; leaves of `inner_batches` are ``[k, ...]``."""
-
-
-def gradient_step(loss: Callable[[Any, Any, Batch], Scalar], tx: optax.GradientTransformation) -> InnerUpdate:
-    """One optimiser step on ``loss(params, outer, batch)`` as ``update(state, outer, batch) -> (state, loss)``."""
-
-    def update(state: InnerState, outer, batch: Batch) -> tuple[InnerState, Scalar]:
-        value, grads = jax.value_and_grad(loss)(state.params, outer, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        return InnerState(optax.apply_updates(state.params, updates), opt_state), value
-
-    return update
 
 
 def bilevel(
@@ -67,6 +56,10 @@ def bilevel(
         project: applied to the outer variable at the start and after every update.
         rollback: see above.
 
+    Raises:
+        AgwmError: by ``init``, a variable with a leaf that is no float array; by the first trace of ``step``, a loss
+            that is no scalar, an outer loss that does not depend on the inner variable, or trees that do not match.
+
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
         estimator's own diagnostics.
@@ -84,27 +77,25 @@ def bilevel(
         >>> print(round(float(state.outer), 3))
         1.0
     """
-    update = gradient_step(problem.inner_loss, inner_tx)
-
     def init(inner_params, outer) -> BilevelState:
-        outer = project(outer)
-        return BilevelState(
-            inner=InnerState(inner_params, inner_tx.init(inner_params)),
-            outer=outer,
-            outer_opt_state=outer_tx.init(outer),
-            estimator=hypergrad.init(inner_params, outer),
-        )
+        check.variables(inner_params, outer)
+        projected = project(outer)
+        check.same_leaves("project(outer)", projected, "the outer variable", outer)
+        inner = InnerState(inner_params, inner_tx.init(inner_params))
+        return BilevelState(inner, projected, outer_tx.init(projected), hypergrad.init(inner, projected))
 
     def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch):
+        check.inner_batches(inner_batches)
+        check.losses(problem, state.inner.params, state.outer, inner_batches, outer_batch)
         estimate = hypergrad.estimate(
-            problem, update, state.inner, state.outer, inner_batches, outer_batch, state.estimator
+            problem, inner_tx, state.inner, state.outer, inner_batches, outer_batch, state.estimator
         )
-        chex.assert_trees_all_equal_shapes_and_dtypes(
-            estimate.hypergradient, state.outer
-        )  # an estimator may be the user's
+        check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", state.outer)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
-        inner = inner_steps(update, state.inner, outer, inner_batches)[0] if rollback else estimate.inner
+        inner = estimate.inner
+        if rollback:
+            inner, _ = inner_steps(problem.inner_loss, inner_tx, state.inner, outer, inner_batches)
         info = {**estimate.info, "hypergradient_norm": optax.tree.norm(estimate.hypergradient)}
         return BilevelState(inner, outer, outer_opt_state, estimate.state), info
 

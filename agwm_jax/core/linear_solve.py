@@ -1,61 +1,256 @@
-"""Approximate solutions of ``H x = b`` where H is known by its products with vectors."""
+"""Approximate solutions of ``B x = b`` where B is known by its products with vectors."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 
+from agwm_jax.core.types import Scalar
 from agwm_jax.errors import AgwmError
 
-Matvec = Callable[[Any], Any]
+Matvec = Callable[[Any, Any], Any]
+"""``matvec(p, i) -> B p``; i numbers the products of a solve, for a matrix that is drawn anew for each of them."""
+
+
+class Solution(NamedTuple):
+    """What a solver returns."""
+
+    x: Any
+    """Structure, shapes and dtypes of b."""
+    state: Any
+    """The solver's own, for the next outer step."""
+    info: dict[str, Scalar]
+    """Diagnostics, such as a step size that was found."""
 
 
 class LinearSolver(NamedTuple):
-    """A rule ``solve(matvec, b) -> x`` on pytrees: x has the structure, shapes and dtypes of b."""
+    """A pair of pure functions on pytrees, made by the factories of this module."""
 
-    solve: Callable[[Matvec, Any], Any]
+    init: Callable[[Any], Any]
+    """``init(like_b) -> state``; shares no buffer with its argument."""
+    solve: Callable[[Matvec, Any, Any], Solution]
+    """``solve(matvec, b, state) -> Solution``."""
+    resamples: bool = False
+    """Whether the matrix may differ from product to product."""
 
 
-def neumann(*, num_terms: int, step_size: float) -> LinearSolver:
-    r"""Truncated Neumann series, ``x = eta * sum_{k < K} (I - eta H)^k b``: exactly K terms, K - 1 products.
+def neumann(*, num_terms: int, step_size: float | Literal["auto"], power_iterations: int = 3) -> LinearSolver:
+    r"""Truncated Neumann series, ``x = eta * sum_{k < K} (I - eta B)^k b``: exactly K terms, K - 1 products.
 
-    Converges to ``H^-1 b`` where every eigenvalue of H is in (0, 2 / eta) and diverges otherwise; at the inner optimum
+    Converges to ``B^-1 b`` where every eigenvalue of B is in (0, 2 / eta) and diverges otherwise; at the inner optimum
     it equals reverse mode through the last K gradient steps of size eta (Lorraine et al. 2020, arXiv 1911.02590,
-    theorem 2).
+    theorem 2). Memory: one vector. The choice for few terms, where its bias is that of stopping early.
 
     Args:
         num_terms: K, 1 or more; one term is ``eta * b``.
-        step_size: eta, above 0; below 2 / (largest eigenvalue of H) for convergence.
+        step_size: eta, above 0; below 2 / (largest eigenvalue of B) for convergence. ``"auto"``: 1 / (largest
+            eigenvalue), by power iterations that start at b and go on from one outer step to the next; found as
+            ``step_size`` in info. They come closer from below: with too few of them a first solve may diverge.
+        power_iterations: products that ``"auto"`` spends on each solve, 1 or more.
 
     Raises:
-        AgwmError: ``num_terms`` below 1 or ``step_size`` not above 0.
+        AgwmError: ``num_terms`` below 1, ``step_size`` not above 0 or ``power_iterations`` below 1.
     """
     if num_terms < 1:
         raise AgwmError(f"neumann(num_terms={num_terms}): expected 1 term or more.")
-    if not step_size > 0:
-        raise AgwmError(f"neumann(step_size={step_size}): expected a step size above 0.")
+    step = _step_size("neumann", step_size, power_iterations)
 
-    def solve(matvec: Matvec, b):
-        # Richardson's iteration x <- x + eta (b - H x) adds one term a step and keeps one vector, not two.
-        def add_term(x, _):
-            return jax.tree.map(lambda xi, bi, hi: xi + step_size * (bi - hi), x, b, matvec(x)), None
+    def solve(matvec: Matvec, b, state) -> Solution:
+        eta, state, info = step.find(matvec, b, state)
+        first = optax.tree.scale(eta, b)
+        return Solution(_richardson(matvec, b, first, eta, num_terms - 1), state, info)
 
-        first = jax.tree.map(lambda bi: step_size * bi, b)
-        return jax.lax.scan(add_term, first, length=num_terms - 1)[0]
+    return LinearSolver(step.init, solve, resamples=True)
 
-    return LinearSolver(solve)
+
+def gradient_descent(
+    *, num_steps: int = 1, step_size: float | Literal["auto"], power_iterations: int = 3
+) -> LinearSolver:
+    r"""Gradient descent on ``x' B x / 2 - b' x`` from the solution of the outer step before: the single-loop solver.
+
+    ``x <- x + eta (b - B x)``, n times, n products. The solution is carried, so that the error falls over the outer
+    steps instead of within one: SOBA with n = 1 (Dagreou et al. 2022, arXiv 2201.13409), AmIGO with more (Arbel and
+    Mairal 2022, arXiv 2111.14580). Memory: the carried solution. The choice where v and B change slowly.
+
+    Args:
+        num_steps: n, 1 or more.
+        step_size, power_iterations: as for `neumann`.
+
+    Raises:
+        AgwmError: as for `neumann`.
+    """
+    if num_steps < 1:
+        raise AgwmError(f"gradient_descent(num_steps={num_steps}): expected 1 step or more.")
+    step = _step_size("gradient_descent", step_size, power_iterations)
+
+    def solve(matvec: Matvec, b, state) -> Solution:
+        x, step_state = state
+        eta, step_state, info = step.find(matvec, b, step_state)
+        x = _richardson(matvec, b, x, eta, num_steps)
+        return Solution(x, (x, step_state), info)
+
+    return LinearSolver(lambda like: (optax.tree.zeros_like(like), step.init(like)), solve, resamples=True)
+
+
+def conjugate_gradient(*, num_steps: int, damping: float = 0.0, warm_start: bool = False) -> LinearSolver:
+    """K steps of conjugate gradients on ``(B + damping I) x = b``: K products, with a warm start one more.
+
+    The best x of its Krylov space where B is positive definite (Hestenes and Stiefel 1952; as hypergradient: Pedregosa
+    2016, arXiv 1602.02355; Rajeswaran et al. 2019, arXiv 1909.04630), without a step size. On an indefinite B it may
+    diverge, as the residual then says: use damping or ``curvature="gauss_newton"``. It stops moving once the system is
+    solved to the last bit, or where its recursion overflows. Memory: three vectors, with a warm start four.
+
+    Args:
+        num_steps: K, 1 or more.
+        damping: added to the diagonal, 0 or more; also bounds x along directions without curvature.
+        warm_start: start from the solution of the outer step before, not from 0.
+
+    Raises:
+        AgwmError: ``num_steps`` below 1 or a negative damping.
+    """
+    if num_steps < 1:
+        raise AgwmError(f"conjugate_gradient(num_steps={num_steps}): expected 1 step or more.")
+    if not damping >= 0:
+        raise AgwmError(f"conjugate_gradient(damping={damping}): expected a damping of 0 or more.")
+
+    def solve(matvec: Matvec, b, state) -> Solution:
+        def damped(p, i):
+            return optax.tree.add_scale(matvec(p, i), damping, p)
+
+        def step(carry, i):
+            x, r, p, rr = carry
+            bp = damped(p, i)
+            length = rr / optax.tree.vdot(p, bp)
+            new_r = optax.tree.add_scale(r, -length, bp)
+            new_rr = optax.tree.vdot(new_r, new_r)
+            new = optax.tree.add_scale(x, length, p), new_r, optax.tree.add_scale(new_r, new_rr / rr, p), new_rr
+            moves = jnp.isfinite(length) & jnp.isfinite(new_rr) & (rr > 0)
+            return jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, carry), None
+
+        x = state if warm_start else optax.tree.zeros_like(b)
+        r = optax.tree.sub(b, damped(x, 0)) if warm_start else b
+        x, *_ = jax.lax.scan(step, (x, r, r, optax.tree.vdot(r, r)), jnp.arange(num_steps))[0]
+        return Solution(x, x if warm_start else (), {})
+
+    return LinearSolver(optax.tree.zeros_like if warm_start else _stateless, solve)
+
+
+def nystrom(*, rank: int, rho: float, seed: int = 0) -> LinearSolver:
+    """``(B_r + rho I)^-1 b`` with a rank-r approximation of B by Woodbury's formula: r products, each solve a new draw.
+
+    ``B_r = Y (S' Y)^+ Y'``, ``Y = B S``, S [n, r] Gaussian. The paper samples columns of B (S of unit vectors; Hataya
+    and Yamada 2023, arXiv 2302.09726); a Gaussian S needs as many products and does not miss a curvature that lies in few
+    weights, such as the embeddings of the words of one batch. Bounded whatever B is, without a step size; the share
+    of b outside the sketch is divided by rho, as a one-term Neumann series with step 1 / rho would. Memory: 2r vectors.
+
+    Args:
+        rank: r, from 1 to the number of weights.
+        rho: above 0; the curvature that unseen directions are taken to have. In float32, not below about 1e-5 of the
+            largest eigenvalue: Woodbury's difference then cancels.
+        seed: of the draws.
+
+    Raises:
+        AgwmError: ``rank`` below 1 or, at the first trace, above the number of weights; ``rho`` not above 0.
+    """
+    if rank < 1:
+        raise AgwmError(f"nystrom(rank={rank}): expected a rank of 1 or more.")
+    if not rho > 0:
+        raise AgwmError(f"nystrom(rho={rho}): expected a rho above 0.")
+
+    def init(like):
+        size = sum(x.size for x in jax.tree.leaves(like))
+        if rank > size:
+            raise AgwmError(f"nystrom(rank={rank}): the inner variable has {size} entries; lower the rank.")
+        return jax.random.key(seed)
+
+    def solve(matvec: Matvec, b, state) -> Solution:
+        state, key = jax.random.split(state)
+
+        def column(i):
+            s = optax.tree.random_like(jax.random.fold_in(key, i), b)
+            return s, matvec(s, i)
+
+        s, y = jax.lax.map(column, jnp.arange(rank))
+        gram = _inner_products(s, y)
+        core = rho * (gram + gram.T) / 2 + _inner_products(y, y)
+        weights = jnp.linalg.pinv(core, hermitian=True) @ _inner_products(y, jax.tree.map(lambda x: x[None], b))
+        x = jax.tree.map(lambda bi, yi: (bi - jnp.tensordot(weights[:, 0].astype(yi.dtype), yi, 1)) / rho, b, y)
+        return Solution(x, state, {})
+
+    return LinearSolver(init, solve)
 
 
 def dense() -> LinearSolver:
-    """Exact: writes H out, one product a column, and factorises it. For tests and small problems."""
+    """Exact: writes B out, one product a column, and factorises it. For tests and small problems."""
 
-    def solve(matvec: Matvec, b):
+    def solve(matvec: Matvec, b, state) -> Solution:
         flat, unravel = ravel_pytree(b)
-        columns = jax.vmap(lambda column: ravel_pytree(matvec(unravel(column)))[0])(
+        columns = jax.vmap(lambda column: ravel_pytree(matvec(unravel(column), 0))[0])(
             jnp.eye(flat.size, dtype=flat.dtype)
         )
-        return unravel(jnp.linalg.solve(columns.T, flat))
+        return Solution(unravel(jnp.linalg.solve(columns.T, flat)), state, {})
 
-    return LinearSolver(solve)
+    return LinearSolver(_stateless, solve)
+
+
+class _StepSize(NamedTuple):
+    init: Callable[[Any], Any]
+    find: Callable[[Matvec, Any, Any], tuple[Any, Any, dict[str, Scalar]]]
+
+
+def _step_size(name: str, step_size: float | Literal["auto"], power_iterations: int) -> _StepSize:
+    """A given step size, or 1 / (largest eigenvalue in size) by power iterations whose direction is carried."""
+    if step_size != "auto":
+        if isinstance(step_size, str) or not step_size > 0:
+            raise AgwmError(f"{name}(step_size={step_size!r}): expected a step size above 0, or 'auto'.")
+        return _StepSize(_stateless, lambda matvec, b, state: (step_size, state, {}))
+    if power_iterations < 1:
+        raise AgwmError(f"{name}(power_iterations={power_iterations}): expected 1 or more.")
+
+    def find(matvec: Matvec, b, state):
+        def iterate(q, i):
+            q = optax.tree.scale(1 / _positive(optax.tree.norm(q)), q)
+            q = matvec(q, i)
+            return q, optax.tree.norm(q)
+
+        # At the first solve there is no direction yet; b lies where the curvature is, a random one hardly does.
+        seen = optax.tree.norm(state) > 0
+        start = jax.tree.map(lambda q, bi: jnp.where(seen, q, bi), state, b)
+        q, norms = jax.lax.scan(iterate, start, jnp.arange(power_iterations))
+        eta = jnp.where(norms[-1] > 0, 1 / _positive(norms[-1]), 0)
+        return eta, q, {"step_size": eta}
+
+    return _StepSize(optax.tree.zeros_like, find)
+
+
+def _richardson(matvec: Matvec, b, x, eta, num_steps: int):
+    """``x <- x + eta (b - B x)``: from ``eta b`` each step adds one term of Neumann's series, and keeps one vector."""
+
+    def step(x, i):
+        return jax.tree.map(lambda xi, bi, hi: xi + jnp.asarray(eta, xi.dtype) * (bi - hi), x, b, matvec(x, i)), None
+
+    return jax.lax.scan(step, x, jnp.arange(num_steps))[0]
+
+
+def _inner_products(left, right):
+    """``[r, s]`` of two stacks ``[r, ...]`` and ``[s, ...]`` of pytrees."""
+    flat = jax.tree.map(
+        lambda a, b: jnp.matmul(
+            a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision=jax.lax.Precision.HIGHEST
+        ),
+        left,
+        right,
+    )
+    return sum(jax.tree.leaves(flat))
+
+
+def _positive(x):
+    return jnp.where(x > 0, x, 1)
+
+
+def _stateless(like) -> tuple[()]:
+    del like
+    return ()

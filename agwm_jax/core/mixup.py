@@ -1,13 +1,13 @@
 """The mixture of pretrained and task weights, ``W_eff = A * W + (1 - A) * W0``, and the gate A."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from agwm_jax.core.partition import Partition, Structure
-from agwm_jax.core.types import Alpha, Batch, LossFn, LowRank, Params, Problem, Scalar
+from agwm_jax.core.types import Alpha, Batch, Composite, LossFn, LowRank, Params, Problem, Scalar
 from agwm_jax.errors import AgwmError
 
 Complement = Literal["convex", "factored"]
@@ -129,18 +129,24 @@ def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array
     return a * task + (1 - factors.left) * (1 - factors.right) * pretrained
 
 
-def anchor_penalty(frozen: Params, task: Params, mixed: tuple[str, ...], anchor: float) -> Scalar:
-    """``anchor / 2 * |W - W0|^2`` over the mixed weights: makes alpha identifiable (without it W can undo alpha)."""
-    return 0.5 * anchor * sum((jnp.sum((task[path] - frozen[path]) ** 2) for path in mixed), start=jnp.zeros(()))
+def anchor_penalty(changes: Params, anchor: float | Scalar) -> Scalar:
+    """``anchor / 2 * |W - W0|^2``, given W - W0: makes alpha identifiable (without it W can undo alpha)."""
+    return 0.5 * anchor * sum((jnp.sum(change**2) for change in changes.values()), start=jnp.zeros(()))
 
 
 def mixup_problem(
-    loss: LossFn, frozen: Params, *, mixed: tuple[str, ...], complement: Complement = "convex", anchor: float = 0.0
+    loss: LossFn,
+    frozen: Params,
+    *,
+    mixed: tuple[str, ...],
+    complement: Complement = "convex",
+    anchor: float | Scalar = 0.0,
 ) -> Problem:
     """The bi-level problem of weight mixup (arXiv 2403.12918): inner variable W and outer variable alpha.
 
     Args:
-        loss: ``loss(params, batch) -> scalar`` on the flat mixed weights.
+        loss: ``loss(params, batch) -> scalar`` on the flat mixed weights; as a `Composite` of ``outputs(params, batch)``
+            and a criterion, the inner loss is one too, with W - W0 among its outputs where there is an anchor.
         frozen: W0. Pass it through `jax.jit` as an argument and build the problem inside, so that the weights do not
             become constants of the program.
         mixed: the mixed paths, over which the anchor acts.
@@ -149,17 +155,34 @@ def mixup_problem(
             inner optimum wherever A > 0.
     """
 
-    if anchor < 0:
+    if isinstance(anchor, int | float) and anchor < 0:
         raise AgwmError(f"anchor = {anchor}: expected a strength of 0 or more.")
+    anchored = mixed if not isinstance(anchor, int | float) or anchor > 0 else ()
+
+    def effective(task: Params, alpha: Alpha) -> Params:
+        return mix(frozen, task, alpha, complement=complement)
+
+    def changes(task: Params) -> Params:
+        return {path: task[path] - frozen[path] for path in anchored}
 
     def outer_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
-        return loss(mix(frozen, task, alpha, complement=complement), batch)
+        return loss(effective(task, alpha), batch)
 
     def inner_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
-        value = outer_loss(task, alpha, batch)
-        return value + anchor_penalty(frozen, task, mixed, anchor) if anchor else value
+        return outer_loss(task, alpha, batch) + anchor_penalty(changes(task), anchor)
 
-    return Problem(inner_loss, outer_loss)
+    if not isinstance(loss, Composite):
+        return Problem(inner_loss, outer_loss)
+    composite = loss
+
+    def outputs(task: Params, alpha: Alpha, batch: Batch) -> tuple[Any, Params]:
+        return composite.outputs(effective(task, alpha), batch), changes(task)
+
+    def criterion(outputs: tuple[Any, Params], batch: Batch) -> Scalar:
+        predictions, changes = outputs
+        return composite.criterion(predictions, batch) + anchor_penalty(changes, anchor)
+
+    return Problem(Composite(outputs, criterion), outer_loss)
 
 
 def alpha_statistics(alpha: Alpha) -> dict[str, Scalar]:

@@ -29,11 +29,29 @@ LossFn = Callable[[Any, Batch], Scalar]
 """``loss(params, batch)``: a mean over the batch's real examples."""
 
 
+class Composite(NamedTuple):
+    """A loss in two parts, ``criterion(outputs(*variables, batch), batch)``; called like any other loss.
+
+    The form that Gauss-Newton curvature needs. The criterion should be convex in the outputs (cross-entropy in the
+    logits, squared error in the prediction); what is regularised belongs to the outputs too, for instance
+    ``outputs = (logits, w)`` for a penalty on w.
+    """
+
+    outputs: Callable[..., Any]
+    """``outputs(*variables, batch) -> z``: any pytree of float arrays."""
+    criterion: Callable[[Any, Batch], Scalar]
+    """``criterion(z, batch) -> scalar``."""
+
+    def __call__(self, *variables_and_batch) -> Scalar:
+        """The loss."""
+        return self.criterion(self.outputs(*variables_and_batch), variables_and_batch[-1])
+
+
 class Problem(NamedTuple):
     """A bi-level problem: ``min_o outer_loss(w*(o), o)`` where ``w*(o) = argmin_w inner_loss(w, o)``.
 
     Both are called as ``loss(inner, outer, batch) -> scalar``; `inner` and `outer` are any pytrees of float arrays
-    (in weight mixup: the task weights and alpha).
+    (in weight mixup: the task weights and alpha). For ``curvature="gauss_newton"`` the inner loss is a `Composite`.
     """
 
     inner_loss: Callable[[Any, Any, Batch], Scalar]

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import optax
 
-from agwm_jax.core.bilevel import gradient_step
-from agwm_jax.core.hypergrad import InnerState
+from agwm_jax.core.inner import InnerState, gradient_step
 from agwm_jax.core.mixup import Complement, mix
-from agwm_jax.core.types import Alpha, LossFn, Params
+from agwm_jax.core.types import Alpha, Batch, LossFn, Params
 from agwm_jax.methods.phase import Batches, Phase, Plan, Weights
 
 
@@ -35,10 +34,10 @@ def finetune_phase(
         return FinetuneState(InnerState(carry.task, tx.init(carry.task)), carry.alpha)
 
     def step(state: FinetuneState, frozen: Params, batches: Batches):
-        update = gradient_step(
-            lambda task, alpha, batch: loss(mix(frozen, task, alpha, complement=complement), batch), tx
-        )
-        inner, value = update(state.inner, state.alpha, batches["train"])
+        def mixed_loss(task: Params, alpha: Alpha, batch: Batch):
+            return loss(mix(frozen, task, alpha, complement=complement), batch)
+
+        inner, value = gradient_step(mixed_loss, tx, state.inner, state.alpha, batches["train"])
         return FinetuneState(inner, state.alpha), {"loss": value}
 
     def finish(carry: Weights, state: FinetuneState) -> Weights:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
-from agwm_jax.core.types import Batch, LossFn, Params, Scalar
+from agwm_jax.core.types import Batch, Composite, Params, Scalar
 
 
-def batch_loss(apply: Callable[..., jnp.ndarray], kind: str) -> LossFn:
-    """``loss(params, batch)``: cross-entropy, or the squared error of a single logit.
+def batch_loss(apply: Callable[..., jnp.ndarray], kind: str) -> Composite:
+    """``loss(params, batch)``: cross-entropy, or the squared error of a single logit; logits are its outputs.
 
     Args:
         apply: ``apply(params, batch, key=key) -> logits [b, c]``; the batch's own ``key``, if any, drives dropout.
@@ -20,12 +21,14 @@ def batch_loss(apply: Callable[..., jnp.ndarray], kind: str) -> LossFn:
         by their sum.
     """
 
-    def loss(params: Params, batch: Batch) -> Scalar:
-        logits = apply(params, batch, key=batch.get("key"))
+    def logits(params: Params, batch: Batch) -> Float[Array, "b c"]:
+        return apply(params, batch, key=batch.get("key"))
+
+    def criterion(logits: Float[Array, "b c"], batch: Batch) -> Scalar:
         if kind == "regression":
             each = (logits[:, 0] - batch["labels"]) ** 2
         else:
             each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])
 
-    return loss
+    return Composite(logits, criterion)

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from agwm_jax import LowRank, Partition, Problem, hypergrad, linear_solve, mix, mixup_problem, partition
-from agwm_jax.core.bilevel import gradient_step
-from agwm_jax.core.hypergrad import InnerState
+from agwm_jax.core.inner import InnerState
 
 NO_BATCH = jnp.zeros(())
 
@@ -17,7 +16,7 @@ ESTIMATORS = {
     "first_order": hypergrad.first_order(),
     "unrolled": hypergrad.unrolled(),
     "unrolled_last": hypergrad.unrolled(num_steps=1),
-    "unrolled_remat": hypergrad.unrolled(remat=True),
+    "unrolled_jvp": hypergrad.unrolled(hvp="jvp"),
     "neumann": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1)),
     "dense": hypergrad.implicit(linear_solve.dense()),
 }
@@ -36,13 +35,12 @@ def estimate_at(problem, estimator, inner, outer, *, tx=None, num_steps=1, inner
     """The estimate from `inner`; without `tx` the look-ahead stays where it is, so that it is the one *at* `inner`."""
     tx = optax.set_to_zero() if tx is None else tx
     inner_batches = jnp.zeros((num_steps,)) if inner_batches is None else inner_batches
-    update = gradient_step(problem.inner_loss, tx)
 
     @jax.jit
     def run(inner, outer):
         start = inner if isinstance(inner, InnerState) else InnerState(inner, tx.init(inner))
-        state = estimator.init(start.params, outer)
-        return estimator.estimate(problem, update, start, outer, inner_batches, outer_batch, state)
+        state = estimator.init(start, outer)
+        return estimator.estimate(problem, tx, start, outer, inner_batches, outer_batch, state)
 
     return run(inner, outer)
 

@@ -1,0 +1,40 @@
+"""What a program costs, counted from what it computes and not from what a clock says."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.interpreters import partial_eval
+
+from agwm_jax.errors import AgwmError
+
+
+def matmul_flops(fn: Callable, *args) -> int:
+    """Floating-point operations of all matrix products that ``fn(*args)`` really runs.
+
+    Traces and compiles nothing: code whose result is not used is dropped, the body of a loop counts as often as it turns,
+    of alternative branches the dearest counts. Arguments may be `jax.ShapeDtypeStruct`.
+
+    Raises:
+        AgwmError: a loop whose number of turns is not known beforehand.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
+
+
+def _flops(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        kind, params = equation.primitive.name, equation.params
+        if kind == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        elif kind == "while":
+            raise AgwmError("matmul_flops: how often a while loop turns is not known; expected scans only.")
+        elif kind == "cond":
+            total += max(_flops(branch.jaxpr) for branch in params["branches"])
+        else:
+            inner = [getattr(value, "jaxpr", value) for value in params.values()]
+            total += params.get("length", 1) * sum(_flops(x) for x in inner if hasattr(x, "eqns"))
+    return total

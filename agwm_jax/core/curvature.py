@@ -1,0 +1,114 @@
+"""Products with the second derivatives of the inner loss: Hessian or Gauss-Newton, in three ways of taking them."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from agwm_jax.core.inner import Loss
+from agwm_jax.core.types import Batch, Composite, Scalar
+from agwm_jax.errors import AgwmError
+
+Hvp = Literal["linearize", "jvp", "finite_difference"]
+"""How a product with second derivatives is taken, and its cost in fb:
+
+``"linearize"``: the gradient is linearised once (1 fb, its activations are kept), then 2 fb a product.
+``"jvp"``: forward over reverse anew for every product, 3 fb; nothing is kept.
+``"finite_difference"``: a forward difference of gradients, 1 fb and one more for the gradient at the point itself; no
+second-order differentiation, so that any kernel with a gradient will do. Its step has the norm
+``sqrt((1 + |w|) eps)``, eps that of w's dtype (Knoll and Keyes 2004); it wants losses that are computed in that dtype.
+"""
+
+Curvature = Literal["hessian", "gauss_newton"]
+"""``"hessian"``, or its Gauss-Newton part, which is positive semi-definite where the criterion is convex: conjugate
+gradients and Neumann series then cannot diverge for want of convexity. Needs a `Composite` inner loss."""
+
+
+def check(name: str, hvp: str, curvature: str = "hessian") -> None:
+    """Refuse an unknown way of taking products, for the factory `name`."""
+    for option, value, kind in (("hvp", hvp, Hvp), ("curvature", curvature, Curvature)):
+        if value not in get_args(kind):
+            raise AgwmError(f"{name}({option}={value!r}): expected one of {', '.join(map(repr, get_args(kind)))}.")
+
+
+def linearize(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> tuple[Scalar, Any, Any]:
+    """The loss, its gradient in w, and what `product` needs besides the point."""
+    joint = _joint_gradient(loss, o, batch)
+    if hvp == "linearize":
+        grads, linear, value = jax.linearize(joint, w, has_aux=True)
+        return value, grads[0], linear
+    grads, value = joint(w)
+    return value, grads[0], grads if hvp == "finite_difference" else None
+
+
+def product(loss: Loss, w, o, batch: Batch, residuals, p, hvp: Hvp) -> tuple[Any, Any]:
+    """``(H p, J p)``: the derivative of the joint gradient ``w -> (d_w f, d_o f)`` along p, from `linearize`'s rest."""
+    if hvp == "linearize":
+        return residuals(p)
+    joint = _joint_gradient(loss, o, batch)
+    if hvp == "jvp":
+        return jax.jvp(lambda w: joint(w)[0], (_after(w, p),), (p,))[1]
+    step = _difference_step(w, p)
+    ahead, _ = joint(optax.tree.add_scale(w, step, p))
+    return jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, residuals)
+
+
+def gauss_newton(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> Callable[[Any], Any]:
+    """The product ``p -> Z' L Z p`` where Z = d model / d w and L is the criterion's Hessian in the outputs.
+
+    Cost 1/3 fb once and 1 fb a product with ``"linearize"``, else 5/3 fb (``"jvp"``) or 4/3 fb
+    (``"finite_difference"``, of the outputs) a product. Source: Schraudolph 2002, neco 14(7).
+
+    Raises:
+        AgwmError: the loss is no `Composite`.
+    """
+    if not isinstance(loss, Composite):
+        raise AgwmError(
+            "curvature='gauss_newton' needs to know the model's outputs: expected the inner loss as "
+            "agwm_jax.Composite(outputs, criterion), got a plain function; wrap it, or use curvature='hessian'."
+        )
+
+    def outputs(w):
+        return loss.outputs(w, o, batch)
+
+    def criterion_product(z, tangent):
+        return jax.jvp(jax.grad(lambda z: loss.criterion(z, batch)), (z,), (tangent,))[1]
+
+    if hvp == "linearize":
+        z, forward = jax.linearize(outputs, w)
+        transpose = jax.linear_transpose(forward, w)
+        return lambda p: transpose(criterion_product(z, forward(p)))[0]
+
+    def recomputed(p):
+        at = _after(w, p)
+        z, vjp = jax.vjp(outputs, at)
+        if hvp == "jvp":
+            tangent = jax.jvp(outputs, (at,), (p,))[1]
+        else:
+            step = _difference_step(w, p)
+            ahead = outputs(optax.tree.add_scale(w, step, p))
+            tangent = jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, z)
+        return vjp(criterion_product(z, tangent))[0]
+
+    return recomputed
+
+
+def _joint_gradient(loss: Loss, o, batch: Batch):
+    def joint(w):
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(w, o, batch)
+        return grads, value
+
+    return joint
+
+
+def _after(w, p):
+    # Within a loop over products the compiler would otherwise compute what depends on w alone once, and keep it.
+    return jax.lax.optimization_barrier((w, p))[0]
+
+
+def _difference_step(w, p):
+    eps = max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(w))
+    norm = optax.tree.norm(p)
+    return jnp.sqrt((1 + optax.tree.norm(w)) * eps) / jnp.where(norm > 0, norm, 1)
