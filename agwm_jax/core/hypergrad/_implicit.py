@@ -24,9 +24,9 @@ def implicit(
     came there. In weight mixup give the inner loss an anchor, without which the exact answer is zero.
 
     Cost, for k inner steps and a solver of n products: ``k + 2n + 4`` fb with ``hvp="linearize"``, ``k + n + 3`` with
-    ``"finite_difference"``, ``k + 3n + 4`` with ``"jvp"``. One last application to the solution gives ``J x`` and the
-    residual. With ``curvature="gauss_newton"`` a product costs 1 fb (see `agwm_jax.core.curvature`), and J is that of
-    the true loss: ``k + n + 5 1/3``. Memory: the activations of a forward and backward pass are kept for the products
+    ``"finite_difference"``, ``k + 2 2/3 n + 4`` with ``"jvp"``. One last application to the solution gives ``J x`` and
+    the residual. With ``curvature="gauss_newton"`` a product costs 4/3 fb, and J stays that of the true loss:
+    ``k + 4/3 n + 5 2/3`` with ``"linearize"``. Memory: the activations of a forward and backward pass are kept for the products
     (``"linearize"``), else those of one product at a time; and the solver's vectors.
 
     Args:
@@ -61,30 +61,26 @@ def implicit(
         last = jax.tree.map(lambda x: x[-1], inner_batches)
         k = len(losses)
 
-        def products(batch):
+        def joint_product(batch):
             _, _, rest = curvatures.linearize(loss, w, outer, batch, hvp)
             return lambda p: curvatures.product(loss, w, outer, batch, rest, p, hvp)
 
-        def matvecs(batch):
-            if curvature == "gauss_newton":
-                return curvatures.gauss_newton(loss, w, outer, batch, hvp)
-            both = products(batch)
-            return lambda p: both(p)[0]
+        def matrix(batch, joint):
+            gauss_newton = curvature == "gauss_newton"
+            return curvatures.gauss_newton(loss, w, outer, batch, hvp) if gauss_newton else lambda p: joint(p)[0]
 
-        both = products(last)
-        if resample:
-            solution = solver.solve(
-                lambda p, i: matvecs(jax.tree.map(lambda x: x[i % k], inner_batches))(p), v, state
-            )
-        elif curvature == "gauss_newton":
-            fixed = matvecs(last)
-            solution = solver.solve(lambda p, i: fixed(p), v, state)
-        else:
-            solution = solver.solve(lambda p, i: both(p)[0], v, state)
-        bx, jx = both(solution.x)
-        if curvature == "gauss_newton":
-            bx = matvecs(last)(solution.x)
+        joint = joint_product(last)
+        fixed = matrix(last, joint)
 
+        def matvec(p, i):
+            if not resample:
+                return fixed(p)
+            batch = jax.tree.map(lambda x: x[i % k], inner_batches)
+            return matrix(batch, joint_product(batch))(p)
+
+        solution = solver.solve(matvec, v, state)
+        bx, jx = joint(solution.x)
+        bx = fixed(solution.x) if curvature == "gauss_newton" else bx
         v_norm = optax.tree.norm(v)
         # Where the outer loss does not feel the inner variable, v = x = 0 solves the system: residual 0, not 0 / 0.
         residual = optax.tree.norm(optax.tree.sub(bx, v)) / jnp.where(v_norm > 0, v_norm, 1)
