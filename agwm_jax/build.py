@@ -22,6 +22,14 @@ from agwm_jax.methods import Method, Weights, agwm, frozen_alpha, vanilla
 from agwm_jax.models.huggingface import Pretrained, load_pretrained
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.schema import OptimizerConfig
+from agwm_jax.schema.hypergradient import (
+    ConjugateGradient,
+    GradientDescent,
+    Implicit,
+    Iteration,
+    Neumann,
+    Nystrom,
+)
 
 
 class Built(NamedTuple):
@@ -171,8 +179,32 @@ def build_hypergradient(config: Config) -> hypergrad.Hypergradient:
     if choice.estimator == "first_order":
         return hypergrad.first_order()
     if choice.estimator == "unrolled":
-        return hypergrad.unrolled(num_steps=choice.num_steps, remat=choice.remat)
-    return hypergrad.implicit(linear_solve.neumann(num_terms=choice.num_terms, step_size=choice.step_size))
+        return hypergrad.unrolled(num_steps=choice.num_steps, hvp=choice.hvp)
+    if choice.estimator == "finite_difference":
+        return hypergrad.finite_difference(
+            radius=choice.radius, step_size=choice.step_size, precondition=choice.precondition
+        )
+    if choice.estimator == "penalty":
+        return hypergrad.penalty(weight=choice.weight, growth=choice.growth)
+    resample = choice.resample if isinstance(choice, Iteration) else False
+    return hypergrad.implicit(_build_solver(choice), hvp=choice.hvp, curvature=choice.curvature, resample=resample)
+
+
+def _build_solver(choice: Implicit) -> linear_solve.LinearSolver:
+    if isinstance(choice, Neumann):
+        return linear_solve.neumann(
+            num_terms=choice.num_terms, step_size=choice.step_size, power_iterations=choice.power_iterations
+        )
+    if isinstance(choice, GradientDescent):
+        return linear_solve.gradient_descent(
+            num_steps=choice.num_steps, step_size=choice.step_size, power_iterations=choice.power_iterations
+        )
+    if isinstance(choice, ConjugateGradient):
+        return linear_solve.conjugate_gradient(
+            num_steps=choice.num_steps, damping=choice.damping, warm_start=choice.warm_start
+        )
+    assert isinstance(choice, Nystrom)
+    return linear_solve.nystrom(rank=choice.rank, rho=choice.rho)
 
 
 def build_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.GradientTransformation:

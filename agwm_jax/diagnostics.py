@@ -25,6 +25,7 @@ def search_warnings(
     unmoved_share: float = 0.99,
     unmoved_change: float = 1e-3,
     vanished_norm: float = 1e-8,
+    diverged_share: float = 0.1,
 ) -> list[MethodWarning]:
     """Failure signatures in the metrics of one run, while it runs or after.
 
@@ -37,14 +38,17 @@ def search_warnings(
         unmoved_share: alpha can count as unmoved when this share of A lies above 0.95.
         unmoved_change: and when mean and standard deviation of A changed by less than this over the search.
         vanished_norm: a hypergradient norm below this counts as zero.
+        diverged_share: the solve of an implicit estimator has diverged when its residual is above 1, that of no
+            solution at all, at more than this share of the steps, and at three of them.
 
     Returns:
         at most one warning a name: alpha_collapsed, alpha_unmoved, validation_loss_not_falling,
-        hypergradient_vanished, hypergradient_not_finite; empty for a run without a search.
+        hypergradient_vanished, hypergradient_not_finite, linear_solve_diverged; empty for a run without a search.
     """
     phases = _phases(records)
     found = {
         "hypergradient_not_finite": [_not_finite(phase) for phase in phases.values()],
+        "linear_solve_diverged": [_solve_diverged(phase, diverged_share) for phase in phases.values()],
         "hypergradient_vanished": [_vanished(phase, vanished_norm) for phase in phases.values()],
         "alpha_collapsed": [_collapsed(phase, collapsed_share) for phase in phases.values()],
         "alpha_unmoved": [_unmoved(phase, unmoved_share, unmoved_change) for phase in phases.values()],
@@ -108,6 +112,9 @@ _REMEDIES = {
     "search.inner.learning_rate, raise search.epochs, or raise search.validation_fraction.",
     "hypergradient_vanished": "Alpha gets no signal: where search.anchor is 0 the exact hypergradient is zero, so set "
     "it above 0 (0.1 is a start) or use a truncated estimator.",
+    "linear_solve_diverged": "Such a hypergradient is worse than the direct term alone: lower "
+    "hypergradient.step_size (or set it to auto), raise hypergradient.damping or rho, take "
+    "hypergradient.curvature gauss_newton, or set search.anchor above 0.",
     "hypergradient_not_finite": "The linear solve or the loss has diverged: lower the step size of the solver or "
     "search.inner.learning_rate, or give Adam an eps_root above 0 when differentiating through it.",
 }
@@ -148,6 +155,18 @@ def _vanished(phase: Sequence[Mapping[str, Any]], tiny: float) -> str:
     # The first is exactly zero: there W is still W0, and whatever alpha is, their mixture is the same.
     share = float(np.mean(norms < tiny)) if len(norms) >= MIN_STEPS else 0.0
     return f"the hypergradient norm is below {tiny:g} at {share:.0%} of the steps." if share > 0.5 else ""
+
+
+def _solve_diverged(phase: Sequence[Mapping[str, Any]], limit: float) -> str:
+    residuals = _values(phase, "residual")
+    diverged = int(np.sum(~(residuals <= 1)))  # not finite counts too
+    if diverged < 3 or diverged <= limit * len(residuals):
+        return ""
+    largest = np.max(_finite(residuals), initial=0.0)
+    return (
+        f"the linear solve of the hypergradient diverges: its residual is above 1 at {diverged} of {len(residuals)} "
+        f"steps (up to {largest:.3g})."
+    )
 
 
 def _collapsed(phase: Sequence[Mapping[str, Any]], limit: float) -> str:

@@ -190,8 +190,8 @@ def test_another_kind_of_task_or_estimator_drops_the_settings_of_the_old_one(wri
         "task: {source: glue, name: cola, train_size: 300}\n"
         "hypergradient: {estimator: neumann, num_terms: 2, step_size: 0.1}"
     )
-    config = load_config(path, ["--hypergradient.remat", "true", "--hypergradient.estimator", "unrolled"])
-    assert config.hypergradient.remat is True
+    config = load_config(path, ["--hypergradient.hvp", "jvp", "--hypergradient.estimator", "unrolled"])
+    assert config.hypergradient.hvp == "jvp"
     task = load_config(path, ["--task.source", "agreement"]).task
     assert (task.source, task.train_size) == ("agreement", 300)
     # What is given together with the choice is not dropped but refused, in either order.

@@ -83,6 +83,19 @@ def test_hypergradient_vanished_or_not_finite():
     assert names(search(outer_loss=lambda d: None if d > 0.9 else 0.5 - 0.1 * d)) == ["hypergradient_not_finite"]
 
 
+def test_a_diverging_linear_solve_is_told_with_its_remedies():
+    (warning,) = search_warnings(search(residual=lambda d: 0.5 + d))
+    assert warning.name == "linear_solve_diverged"
+    assert "above 1 at 20 of 40 steps (up to 1.5)" in warning.message
+    for remedy in ("hypergradient.step_size", "hypergradient.damping", "gauss_newton"):
+        assert remedy in warning.message
+    # While it runs; an infinite one, null in metrics.jsonl, counts; a solve that has not converged is none.
+    assert names(search(upto=25, residual=lambda d: None if d > 0.5 else 0.1)) == ["linear_solve_diverged"]
+    assert names(search(residual=lambda d: 1.0)) == []
+    # A step size that is still being found at the first steps.
+    assert names(search(residual=lambda d: 5.0 if d < 0.05 else 0.9)) == []
+
+
 def test_columns_that_are_not_recorded_are_not_looked_for():
     assert names(search(alpha_mean=None, alpha_std=None, alpha_below=None, alpha_above=None)) == []
     assert names(search(hypergradient_norm=None, outer_loss=None)) == []

@@ -77,6 +77,7 @@ def bilevel(
         >>> print(round(float(state.outer), 3))
         1.0
     """
+
     def init(inner_params, outer) -> BilevelState:
         check.variables(inner_params, outer)
         projected = project(outer)

@@ -37,11 +37,9 @@ def same_leaves(name: str, tree, expected_name: str, expected) -> None:
         got, want = found.get(path, "nothing"), wanted.get(path, "nothing")
         if got != want:
             raise AgwmError(f"{name}{path} is {got} where {expected_name} has {want}: expected the same tree.")
-    if jax.tree.structure(tree) != jax.tree.structure(expected):
-        raise AgwmError(
-            f"{name} is {jax.tree.structure(tree)} where {expected_name} is {jax.tree.structure(expected)}: "
-            "expected the same tree."
-        )
+    kind, expected_kind = str(jax.tree.structure(tree)), str(jax.tree.structure(expected))
+    if kind != expected_kind:
+        raise AgwmError(f"{name} is a {kind} where {expected_name} is a {expected_kind}: expected the same tree.")
 
 
 def inner_batches(batches: Batch) -> None:
@@ -73,7 +71,7 @@ def losses(problem: Problem, inner, outer, inner_batches: Batch, outer_batch: Ba
 
 
 def _depends(jaxpr: Any, num_inputs: int) -> bool:
-    """Whether an output of a jaxpr hangs on one of its first inputs; an equation is taken to use all that it is given."""
+    """Whether an output of a jaxpr hangs on one of its first inputs; an equation is taken to use all it is given."""
     needed = {var for var in jaxpr.outvars if isinstance(var, Var)}
     for equation in reversed(jaxpr.eqns):
         if not needed.isdisjoint(equation.outvars):

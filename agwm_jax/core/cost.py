@@ -12,8 +12,8 @@ from agwm_jax.errors import AgwmError
 def matmul_flops(fn: Callable, *args) -> int:
     """Floating-point operations of all matrix products that ``fn(*args)`` really runs.
 
-    Traces and compiles nothing: code whose result is not used is dropped, the body of a loop counts as often as it turns,
-    of alternative branches the dearest counts. Arguments may be `jax.ShapeDtypeStruct`.
+    Traces and compiles nothing: code whose result is not used is dropped, the body of a loop counts as often as it
+    turns, of alternative branches the dearest counts. Arguments may be `jax.ShapeDtypeStruct`.
 
     Raises:
         AgwmError: a loop whose number of turns is not known beforehand.

@@ -142,9 +142,10 @@ def nystrom(*, rank: int, rho: float, seed: int = 0) -> LinearSolver:
     """``(B_r + rho I)^-1 b`` with a rank-r approximation of B by Woodbury's formula: r products, each solve a new draw.
 
     ``B_r = Y (S' Y)^+ Y'``, ``Y = B S``, S [n, r] Gaussian. The paper samples columns of B (S of unit vectors; Hataya
-    and Yamada 2023, arXiv 2302.09726); a Gaussian S needs as many products and does not miss a curvature that lies in few
-    weights, such as the embeddings of the words of one batch. Bounded whatever B is, without a step size; the share
-    of b outside the sketch is divided by rho, as a one-term Neumann series with step 1 / rho would. Memory: 2r vectors.
+    and Yamada 2023, arXiv 2302.09726); a Gaussian S needs as many products and does not miss a curvature that lies in
+    few weights, such as the embeddings of the words of one batch. The share of b outside the sketch is divided by rho,
+    as by a one-term Neumann series with step 1 / rho: take a rank above the number of large eigenvalues (a batch of b
+    texts has b or so) or a rho of the size of those that are left out. Memory: 2r vectors.
 
     Args:
         rank: r, from 1 to the number of weights.
@@ -238,9 +239,7 @@ def _richardson(matvec: Matvec, b, x, eta, num_steps: int):
 def _inner_products(left, right):
     """``[r, s]`` of two stacks ``[r, ...]`` and ``[s, ...]`` of pytrees."""
     flat = jax.tree.map(
-        lambda a, b: jnp.matmul(
-            a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision=jax.lax.Precision.HIGHEST
-        ),
+        lambda a, b: jnp.matmul(a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision=jax.lax.Precision.HIGHEST),
         left,
         right,
     )

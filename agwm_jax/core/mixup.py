@@ -145,8 +145,8 @@ def mixup_problem(
     """The bi-level problem of weight mixup (arXiv 2403.12918): inner variable W and outer variable alpha.
 
     Args:
-        loss: ``loss(params, batch) -> scalar`` on the flat mixed weights; as a `Composite` of ``outputs(params, batch)``
-            and a criterion, the inner loss is one too, with W - W0 among its outputs where there is an anchor.
+        loss: ``loss(params, batch) -> scalar`` on the flat mixed weights; given as a `Composite`, the inner loss is one
+            too, with W - W0 among its outputs where there is an anchor.
         frozen: W0. Pass it through `jax.jit` as an argument and build the problem inside, so that the weights do not
             become constants of the program.
         mixed: the mixed paths, over which the anchor acts.

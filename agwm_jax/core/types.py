@@ -1,5 +1,6 @@
 """The types that the pure functions share."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ LossFn = Callable[[Any, Batch], Scalar]
 """``loss(params, batch)``: a mean over the batch's real examples."""
 
 
-class Composite(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Composite:
     """A loss in two parts, ``criterion(outputs(*variables, batch), batch)``; called like any other loss.
 
     The form that Gauss-Newton curvature needs. The criterion should be convex in the outputs (cross-entropy in the
@@ -42,7 +44,7 @@ class Composite(NamedTuple):
     criterion: Callable[[Any, Batch], Scalar]
     """``criterion(z, batch) -> scalar``."""
 
-    def __call__(self, *variables_and_batch) -> Scalar:
+    def __call__(self, *variables_and_batch: Any) -> Scalar:
         """The loss."""
         return self.criterion(self.outputs(*variables_and_batch), variables_and_batch[-1])
 

@@ -11,7 +11,7 @@ from agwm_jax.errors import AgwmError
 
 
 def finite_difference(*, radius: float = 0.01, step_size: float = 1.0, precondition: bool = False) -> Hypergradient:
-    """``d_o g - J x`` with ``x = step_size * v`` and ``J x`` by a central difference of ``d_o f``: no second derivative.
+    """``d_o g - J x`` with ``x = step_size * v`` and ``J x`` by a central difference of ``d_o f``: first-order only.
 
     ``J x ~ (d_o f(w + e x) - d_o f(w - e x)) / 2e``, ``e = radius / |x|``, at the weights w before the last update of
     the look-ahead, as in DARTS (Liu et al. 2019, arXiv 1806.09055, eq. 7 and 8), whose x is (inner learning rate) * v.
