@@ -187,10 +187,12 @@ def build_hypergradient(config: Config) -> hypergrad.Hypergradient:
     if choice.estimator == "penalty":
         return hypergrad.penalty(weight=choice.weight, growth=choice.growth)
     resample = choice.resample if isinstance(choice, Iteration) else False
-    return hypergrad.implicit(_build_solver(choice), hvp=choice.hvp, curvature=choice.curvature, resample=resample)
+    return hypergrad.implicit(
+        _build_solver(config, choice), hvp=choice.hvp, curvature=choice.curvature, resample=resample
+    )
 
 
-def _build_solver(choice: Implicit) -> linear_solve.LinearSolver:
+def _build_solver(config: Config, choice: Implicit) -> linear_solve.LinearSolver:
     if isinstance(choice, Neumann):
         return linear_solve.neumann(
             num_terms=choice.num_terms, step_size=choice.step_size, power_iterations=choice.power_iterations
@@ -204,7 +206,7 @@ def _build_solver(choice: Implicit) -> linear_solve.LinearSolver:
             num_steps=choice.num_steps, damping=choice.damping, warm_start=choice.warm_start
         )
     assert isinstance(choice, Nystrom)
-    return linear_solve.nystrom(rank=choice.rank, rho=choice.rho)
+    return linear_solve.nystrom(rank=choice.rank, rho=choice.rho, seed=stream_seed(config, "nystrom"))
 
 
 def build_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.GradientTransformation:

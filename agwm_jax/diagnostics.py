@@ -112,9 +112,8 @@ _REMEDIES = {
     "search.inner.learning_rate, raise search.epochs, or raise search.validation_fraction.",
     "hypergradient_vanished": "Alpha gets no signal: where search.anchor is 0 the exact hypergradient is zero, so set "
     "it above 0 (0.1 is a start) or use a truncated estimator.",
-    "linear_solve_diverged": "Such a hypergradient is worse than the direct term alone: lower "
-    "hypergradient.step_size (or set it to auto), raise hypergradient.damping or rho, take "
-    "hypergradient.curvature gauss_newton, or set search.anchor above 0.",
+    "linear_solve_diverged": "Lower hypergradient.step_size (or set it to auto), raise hypergradient.damping or rho, "
+    "take hypergradient.curvature gauss_newton, or set search.anchor above 0.",
     "hypergradient_not_finite": "The linear solve or the loss has diverged: lower the step size of the solver or "
     "search.inner.learning_rate, or give Adam an eps_root above 0 when differentiating through it.",
 }
@@ -164,8 +163,9 @@ def _solve_diverged(phase: Sequence[Mapping[str, Any]], limit: float) -> str:
         return ""
     largest = np.max(_finite(residuals), initial=0.0)
     return (
-        f"the linear solve of the hypergradient diverges: its residual is above 1 at {diverged} of {len(residuals)} "
-        f"steps (up to {largest:.3g})."
+        f"the linear solve of the hypergradient is worse than none: its residual is above 1 at {diverged} of "
+        f"{len(residuals)} steps (largest finite one {largest:.3g}). It diverges, or was carried over from batches "
+        "that differ too much."
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from agwm_jax.core import check
+from agwm_jax.core import check, trees
 from agwm_jax.core.hypergrad import Hypergradient
 from agwm_jax.core.inner import InnerState, inner_steps
 from agwm_jax.core.types import Batch, Problem, Scalar
@@ -94,10 +94,12 @@ def bilevel(
         check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", state.outer)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
-        inner = estimate.inner
+        inner, estimator = estimate.inner, estimate.state
         if rollback:
             inner, _ = inner_steps(problem.inner_loss, inner_tx, state.inner, outer, inner_batches)
-        info = {**estimate.info, "hypergradient_norm": optax.tree.norm(estimate.hypergradient)}
-        return BilevelState(inner, outer, outer_opt_state, estimate.state), info
+            if hypergrad.rollback is not None:
+                estimator = hypergrad.rollback(problem, inner_tx, state.estimator, outer, inner_batches, outer_batch)
+        info = {**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)}
+        return BilevelState(inner, outer, outer_opt_state, estimator), info
 
     return BilevelSolver(init, step)

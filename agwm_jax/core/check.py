@@ -1,10 +1,8 @@
 """What a bi-level problem must look like: refused with one sentence, when traced, at no cost to what is compiled."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Var
+from jax.interpreters import partial_eval
 
 from agwm_jax.core.types import Batch, Problem
 from agwm_jax.errors import AgwmError
@@ -44,9 +42,10 @@ def same_leaves(name: str, tree, expected_name: str, expected) -> None:
 
 def inner_batches(batches: Batch) -> None:
     """All leaves carry one leading axis of inner steps."""
-    steps = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batches)}
-    if len(steps) != 1 or steps & {0, None}:
-        found = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(batches)[:5]) or "no arrays"
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
+    steps = {shape[0] if shape else 0 for shape in shapes}
+    if len(steps) != 1 or 0 in steps:
+        found = ", ".join(str(shape) for shape in shapes[:5]) or "no arrays"
         raise AgwmError(
             f"inner_batches has leaves of shape {found}: expected a leading axis [k, ...] of one and the same number "
             "of inner steps, 1 or more, on each."
@@ -62,18 +61,10 @@ def losses(problem: Problem, inner, outer, inner_batches: Batch, outer_batch: Ba
         if len(shapes) != 1 or shapes[0].shape != () or not jnp.issubdtype(shapes[0].dtype, jnp.floating):
             got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in shapes) or "nothing"
             raise AgwmError(f"the {name} loss returns {got}: expected a float scalar; take the mean over the batch.")
-        if name == "outer" and not _depends(closed.jaxpr, len(jax.tree.leaves(inner))):
+        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+        if name == "outer" and not any(used[: len(jax.tree.leaves(inner))]):
             raise AgwmError(
                 "the outer loss does not depend on the inner variable, so there is nothing to differentiate through: "
                 "expected outer_loss(inner, outer, batch) to use its first argument; with an outer variable alone, "
                 "use jax.grad."
             )
-
-
-def _depends(jaxpr: Any, num_inputs: int) -> bool:
-    """Whether an output of a jaxpr hangs on one of its first inputs; an equation is taken to use all it is given."""
-    needed = {var for var in jaxpr.outvars if isinstance(var, Var)}
-    for equation in reversed(jaxpr.eqns):
-        if not needed.isdisjoint(equation.outvars):
-            needed.update(var for var in equation.invars if isinstance(var, Var))
-    return not needed.isdisjoint(jaxpr.invars[:num_inputs])

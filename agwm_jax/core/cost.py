@@ -13,10 +13,11 @@ def matmul_flops(fn: Callable, *args) -> int:
     """Floating-point operations of all matrix products that ``fn(*args)`` really runs.
 
     Traces and compiles nothing: code whose result is not used is dropped, the body of a loop counts as often as it
-    turns, of alternative branches the dearest counts. Arguments may be `jax.ShapeDtypeStruct`.
+    turns, of alternative branches the dearest counts, a sharded body once a shard. Factorisations count nothing.
+    Arguments may be `jax.ShapeDtypeStruct`.
 
     Raises:
-        AgwmError: a loop whose number of turns is not known beforehand.
+        AgwmError: a loop whose number of turns is not known beforehand, or a convolution or ragged product.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
@@ -32,9 +33,14 @@ def _flops(jaxpr) -> int:
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
         elif kind == "while":
             raise AgwmError("matmul_flops: how often a while loop turns is not known; expected scans only.")
+        elif kind in ("conv_general_dilated", "ragged_dot", "ragged_dot_general"):
+            raise AgwmError(f"matmul_flops: {kind} is not counted; expected matrix products only.")
         elif kind == "cond":
             total += max(_flops(branch.jaxpr) for branch in params["branches"])
         else:
             inner = [getattr(value, "jaxpr", value) for value in params.values()]
-            total += params.get("length", 1) * sum(_flops(x) for x in inner if hasattr(x, "eqns"))
+            times = params.get("length", 1)
+            if kind == "shard_map":
+                times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            total += times * sum(_flops(x) for x in inner if hasattr(x, "eqns"))
     return total

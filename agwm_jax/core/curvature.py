@@ -5,8 +5,8 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from agwm_jax.core import trees
 from agwm_jax.core.inner import Loss
 from agwm_jax.core.types import Batch, Composite, Scalar
 from agwm_jax.errors import AgwmError
@@ -18,7 +18,8 @@ Hvp = Literal["linearize", "jvp", "finite_difference"]
 ``"jvp"``: forward over reverse anew for every product, 3 fb (2 2/3 where J p is not asked for); nothing is kept.
 ``"finite_difference"``: a forward difference of gradients, 1 fb and one more for the gradient at the point itself; no
 second-order differentiation, so that any kernel with a gradient will do. Its step has the norm
-``sqrt((1 + |w|) eps)``, eps that of w's dtype (Knoll and Keyes 2004); it wants losses that are computed in that dtype.
+``sqrt((1 + |w|) 64 eps)``, eps that of w's dtype (Knoll and Keyes 2004, and 64 for what a deep network's gradient loses
+to rounding); it wants losses that are computed in that dtype.
 """
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -43,16 +44,17 @@ def linearize(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> tuple[Scalar, Any, An
     return value, grads[0], grads if hvp == "finite_difference" else None
 
 
-def product(loss: Loss, w, o, batch: Batch, residuals, p, hvp: Hvp) -> tuple[Any, Any]:
-    """``(H p, J p)``: the derivative of the joint gradient ``w -> (d_w f, d_o f)`` along p, from `linearize`'s rest."""
+def product(loss: Loss, w, o, batch: Batch, saved, p, hvp: Hvp) -> tuple[Any, Any]:
+    """``(H p, J p)``, the derivative of ``w -> (d_w f, d_o f)`` along p; `saved` is what `linearize` returned."""
     if hvp == "linearize":
-        return residuals(p)
+        return saved(p)
     joint = _joint_gradient(loss, o, batch)
     if hvp == "jvp":
-        return jax.jvp(lambda w: joint(w)[0], (_after(w, p),), (p,))[1]
+        # Within a loop over products the compiler would otherwise compute what depends on w alone once, and keep it.
+        return jax.jvp(lambda w: joint(w)[0], (trees.after(w, p),), (p,))[1]
     step = _difference_step(w, p)
-    ahead, _ = joint(optax.tree.add_scale(w, step, p))
-    return jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, residuals)
+    ahead, _ = joint(trees.add_scale(w, step, p))
+    return jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, saved)
 
 
 def gauss_newton(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> Callable[[Any], Any]:
@@ -82,15 +84,15 @@ def gauss_newton(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> Callable[[Any], An
         return lambda p: transpose(criterion_product(z, forward(p)))[0]
 
     def difference(p):
-        z, vjp = jax.vjp(outputs, _after(w, p))
+        z, vjp = jax.vjp(outputs, trees.after(w, p))
         step = _difference_step(w, p)
-        ahead = outputs(optax.tree.add_scale(w, step, p))
+        ahead = outputs(trees.add_scale(w, step, p))
         tangent = jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, z)
         return vjp(criterion_product(z, tangent))[0]
 
     if hvp == "linearize":
         return exact(w)
-    return difference if hvp == "finite_difference" else lambda p: exact(_after(w, p))(p)
+    return difference if hvp == "finite_difference" else lambda p: exact(trees.after(w, p))(p)
 
 
 def _joint_gradient(loss: Loss, o, batch: Batch):
@@ -101,12 +103,7 @@ def _joint_gradient(loss: Loss, o, batch: Batch):
     return joint
 
 
-def _after(w, p):
-    # Within a loop over products the compiler would otherwise compute what depends on w alone once, and keep it.
-    return jax.lax.optimization_barrier((w, p))[0]
-
-
 def _difference_step(w, p):
     eps = max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(w))
-    norm = optax.tree.norm(p)
-    return jnp.sqrt((1 + optax.tree.norm(w)) * eps) / jnp.where(norm > 0, norm, 1)
+    norm = trees.norm(p)
+    return jnp.sqrt((1 + trees.norm(w)) * 64 * eps) / jnp.where(norm > 0, norm, 1)

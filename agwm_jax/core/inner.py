@@ -37,6 +37,8 @@ def inner_steps(
     loss: Loss, tx: optax.GradientTransformation, inner: InnerState, outer, batches: Batch
 ) -> tuple[InnerState, Any]:
     """One step a batch; `batches` carries a leading axis [k, ...]. Returns the state and the losses [k]. Cost k fb."""
+    if jax.tree.leaves(batches)[0].shape[0] == 0:  # spares tracing and compiling a step that is never taken
+        return inner, jnp.zeros(0)
     return jax.lax.scan(lambda state, batch: gradient_step(loss, tx, state, outer, batch), inner, batches)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from agwm_jax.core import trees
 from agwm_jax.core.types import Scalar
 from agwm_jax.errors import AgwmError
 
@@ -54,13 +55,13 @@ def neumann(*, num_terms: int, step_size: float | Literal["auto"], power_iterati
     Raises:
         AgwmError: ``num_terms`` below 1, ``step_size`` not above 0 or ``power_iterations`` below 1.
     """
-    if num_terms < 1:
+    if not isinstance(num_terms, int) or num_terms < 1:
         raise AgwmError(f"neumann(num_terms={num_terms}): expected 1 term or more.")
     step = _step_size("neumann", step_size, power_iterations)
 
     def solve(matvec: Matvec, b, state) -> Solution:
         eta, state, info = step.find(matvec, b, state)
-        first = optax.tree.scale(eta, b)
+        first = trees.scale(eta, b)
         return Solution(_richardson(matvec, b, first, eta, num_terms - 1), state, info)
 
     return LinearSolver(step.init, solve, resamples=True)
@@ -82,12 +83,13 @@ def gradient_descent(
     Raises:
         AgwmError: as for `neumann`.
     """
-    if num_steps < 1:
+    if not isinstance(num_steps, int) or num_steps < 1:
         raise AgwmError(f"gradient_descent(num_steps={num_steps}): expected 1 step or more.")
     step = _step_size("gradient_descent", step_size, power_iterations)
 
     def solve(matvec: Matvec, b, state) -> Solution:
         x, step_state = state
+        x = optax.tree.where(jnp.isfinite(trees.norm(x)), x, optax.tree.zeros_like(x))  # a solve that overflowed
         eta, step_state, info = step.find(matvec, b, step_state)
         x = _richardson(matvec, b, x, eta, num_steps)
         return Solution(x, (x, step_state), info)
@@ -101,7 +103,8 @@ def conjugate_gradient(*, num_steps: int, damping: float = 0.0, warm_start: bool
     The best x of its Krylov space where B is positive definite (Hestenes and Stiefel 1952; as hypergradient: Pedregosa
     2016, arXiv 1602.02355; Rajeswaran et al. 2019, arXiv 1909.04630), without a step size. On an indefinite B it may
     diverge, as the residual then says: use damping or ``curvature="gauss_newton"``. It stops moving once the system is
-    solved to the last bit, or where its recursion overflows. Memory: three vectors, with a warm start four.
+    solved to the last bit, or where its recursion overflows. With damping, info has ``damped_residual``, that of the
+    damped system by the recursion. Memory: four vectors.
 
     Args:
         num_steps: K, 1 or more.
@@ -111,52 +114,57 @@ def conjugate_gradient(*, num_steps: int, damping: float = 0.0, warm_start: bool
     Raises:
         AgwmError: ``num_steps`` below 1 or a negative damping.
     """
-    if num_steps < 1:
+    if not isinstance(num_steps, int) or num_steps < 1:
         raise AgwmError(f"conjugate_gradient(num_steps={num_steps}): expected 1 step or more.")
     if not damping >= 0:
         raise AgwmError(f"conjugate_gradient(damping={damping}): expected a damping of 0 or more.")
 
     def solve(matvec: Matvec, b, state) -> Solution:
         def damped(p, i):
-            return optax.tree.add_scale(matvec(p, i), damping, p)
+            return trees.add_scale(matvec(p, i), damping, p)
 
         def step(carry, i):
             x, r, p, rr = carry
             bp = damped(p, i)
-            length = rr / optax.tree.vdot(p, bp)
-            new_r = optax.tree.add_scale(r, -length, bp)
-            new_rr = optax.tree.vdot(new_r, new_r)
-            new = optax.tree.add_scale(x, length, p), new_r, optax.tree.add_scale(new_r, new_rr / rr, p), new_rr
+            length = rr / trees.dot(p, bp)
+            new_r = trees.add_scale(r, -length, bp)
+            new_rr = trees.dot(new_r, new_r)
+            new = trees.add_scale(x, length, p), new_r, trees.add_scale(new_r, new_rr / rr, p), new_rr
             moves = jnp.isfinite(length) & jnp.isfinite(new_rr) & (rr > 0)
             return jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, carry), None
 
-        x = state if warm_start else optax.tree.zeros_like(b)
-        r = optax.tree.sub(b, damped(x, 0)) if warm_start else b
-        x, *_ = jax.lax.scan(step, (x, r, r, optax.tree.vdot(r, r)), jnp.arange(num_steps))[0]
-        return Solution(x, x if warm_start else (), {})
+        x, r = optax.tree.zeros_like(b), b
+        if warm_start:
+            # One that is worse than nothing is dropped: a solve that diverged once must not spoil all that follow.
+            left = optax.tree.sub(b, damped(state, 0))
+            x, r = optax.tree.where(trees.norm(left) < trees.norm(b), (state, left), (x, r))
+        x, *_, rr = jax.lax.scan(step, (x, r, r, trees.dot(r, r)), jnp.arange(num_steps))[0]
+        info = {"damped_residual": jnp.sqrt(rr) / _positive(trees.norm(b))} if damping else {}
+        return Solution(x, x if warm_start else (), info)
 
     return LinearSolver(optax.tree.zeros_like if warm_start else _stateless, solve)
 
 
 def nystrom(*, rank: int, rho: float, seed: int = 0) -> LinearSolver:
-    """``(B_r + rho I)^-1 b`` with a rank-r approximation of B by Woodbury's formula: r products, each solve a new draw.
+    """``(B_r + rho I)^-1 b`` with a random rank-r approximation of B: r products, each solve a new draw.
 
-    ``B_r = Y (S' Y)^+ Y'``, ``Y = B S``, S [n, r] Gaussian. The paper samples columns of B (S of unit vectors; Hataya
-    and Yamada 2023, arXiv 2302.09726); a Gaussian S needs as many products and does not miss a curvature that lies in
-    few weights, such as the embeddings of the words of one batch. The share of b outside the sketch is divided by rho,
-    as by a one-term Neumann series with step 1 / rho: take a rank above the number of large eigenvalues (a batch of b
-    texts has b or so) or a rho of the size of those that are left out. Memory: 2r vectors.
+    ``B_r = Y (Q' Y)^+ Y'``, ``Y = B Q``, Q [n, r] an orthonormal basis of a Gaussian sketch. The paper samples columns
+    of B (Q of unit vectors; Hataya and Yamada 2023, arXiv 2302.09726); a Gaussian sketch needs as many products and
+    does not miss a curvature that lies in few weights, such as the embeddings of one batch's words. The share of b
+    outside the sketch is divided by rho, as by a one-term Neumann series with step 1 / rho: take a rank above the
+    number of large eigenvalues (a batch of b texts has b or so) or a rho of the size of those that are left out.
+    Memory: 3r vectors.
 
     Args:
         rank: r, from 1 to the number of weights.
-        rho: above 0; the curvature that unseen directions are taken to have. In float32, not below about 1e-5 of the
-            largest eigenvalue: Woodbury's difference then cancels.
+        rho: above 0; the curvature that unseen directions are taken to have. The relative error in float32 is about
+            1e-6 times the largest eigenvalue over rho.
         seed: of the draws.
 
     Raises:
         AgwmError: ``rank`` below 1 or, at the first trace, above the number of weights; ``rho`` not above 0.
     """
-    if rank < 1:
+    if not isinstance(rank, int) or rank < 1:
         raise AgwmError(f"nystrom(rank={rank}): expected a rank of 1 or more.")
     if not rho > 0:
         raise AgwmError(f"nystrom(rho={rho}): expected a rho above 0.")
@@ -165,21 +173,26 @@ def nystrom(*, rank: int, rho: float, seed: int = 0) -> LinearSolver:
         size = sum(x.size for x in jax.tree.leaves(like))
         if rank > size:
             raise AgwmError(f"nystrom(rank={rank}): the inner variable has {size} entries; lower the rank.")
-        return jax.random.key(seed)
+        return jnp.zeros((), jnp.int32)  # solves so far: plain numbers are what a checkpoint can hold
 
     def solve(matvec: Matvec, b, state) -> Solution:
-        state, key = jax.random.split(state)
-
-        def column(i):
-            s = optax.tree.random_like(jax.random.fold_in(key, i), b)
-            return s, matvec(s, i)
-
-        s, y = jax.lax.map(column, jnp.arange(rank))
-        gram = _inner_products(s, y)
-        core = rho * (gram + gram.T) / 2 + _inner_products(y, y)
-        weights = jnp.linalg.pinv(core, hermitian=True) @ _inner_products(y, jax.tree.map(lambda x: x[None], b))
-        x = jax.tree.map(lambda bi, yi: (bi - jnp.tensordot(weights[:, 0].astype(yi.dtype), yi, 1)) / rho, b, y)
-        return Solution(x, state, {})
+        key = jax.random.fold_in(jax.random.key(seed), state)
+        s = jax.vmap(lambda i: optax.tree.random_like(jax.random.fold_in(key, i), b))(jnp.arange(rank))
+        for _ in range(2):  # Gram-Schmidt by Cholesky's factor; the second pass removes the rounding of the first
+            factor = jnp.linalg.cholesky(trees.inner_products(s, s))
+            s = trees.combine(jnp.linalg.inv(factor), s)
+        y = jax.lax.map(lambda column: matvec(column[1], column[0]), (jnp.arange(rank), s))
+        core = trees.inner_products(s, y)
+        values, vectors = jnp.linalg.eigh((core + core.T) / 2)
+        size = jnp.abs(values)
+        kept = size > rank * jnp.finfo(values.dtype).eps * jnp.max(size)
+        z = trees.combine(jnp.where(kept, 1 / jnp.sqrt(_positive(size)), 0)[:, None] * vectors.T, y)
+        # B_r = z' D z with the signs D of the eigenvalues, and by Woodbury's formula
+        # (z' D z + rho I)^-1 b = (b - z' (z z' + rho D)^-1 z b) / rho.
+        system = trees.inner_products(z, z) + rho * jnp.diag(jnp.where(values < 0, -1.0, 1.0))
+        weights = jnp.linalg.solve(system, trees.inner_products(z, jax.tree.map(lambda x: x[None], b)))
+        seen = jax.tree.map(lambda x: x[0], trees.combine(weights.T, z))
+        return Solution(trees.scale(1 / rho, optax.tree.sub(b, seen)), state + 1, {})
 
     return LinearSolver(init, solve)
 
@@ -192,7 +205,9 @@ def dense() -> LinearSolver:
         columns = jax.vmap(lambda column: ravel_pytree(matvec(unravel(column), 0))[0])(
             jnp.eye(flat.size, dtype=flat.dtype)
         )
-        return Solution(unravel(jnp.linalg.solve(columns.T, flat)), state, {})
+        wide = jnp.promote_types(flat.dtype, jnp.float32)
+        x = jnp.linalg.solve(columns.T.astype(wide), flat.astype(wide))
+        return Solution(unravel(x.astype(flat.dtype)), state, {})
 
     return LinearSolver(_stateless, solve)
 
@@ -208,17 +223,17 @@ def _step_size(name: str, step_size: float | Literal["auto"], power_iterations: 
         if isinstance(step_size, str) or not step_size > 0:
             raise AgwmError(f"{name}(step_size={step_size!r}): expected a step size above 0, or 'auto'.")
         return _StepSize(_stateless, lambda matvec, b, state: (step_size, state, {}))
-    if power_iterations < 1:
+    if not isinstance(power_iterations, int) or power_iterations < 1:
         raise AgwmError(f"{name}(power_iterations={power_iterations}): expected 1 or more.")
 
     def find(matvec: Matvec, b, state):
         def iterate(q, i):
-            q = optax.tree.scale(1 / _positive(optax.tree.norm(q)), q)
+            q = trees.scale(1 / _positive(trees.norm(q)), q)
             q = matvec(q, i)
-            return q, optax.tree.norm(q)
+            return q, trees.norm(q)
 
         # At the first solve there is no direction yet; b lies where the curvature is, a random one hardly does.
-        seen = optax.tree.norm(state) > 0
+        seen = trees.norm(state) > 0
         start = jax.tree.map(lambda q, bi: jnp.where(seen, q, bi), state, b)
         q, norms = jax.lax.scan(iterate, start, jnp.arange(power_iterations))
         eta = jnp.where(norms[-1] > 0, 1 / _positive(norms[-1]), 0)
@@ -231,19 +246,11 @@ def _richardson(matvec: Matvec, b, x, eta, num_steps: int):
     """``x <- x + eta (b - B x)``: from ``eta b`` each step adds one term of Neumann's series, and keeps one vector."""
 
     def step(x, i):
-        return jax.tree.map(lambda xi, bi, hi: xi + jnp.asarray(eta, xi.dtype) * (bi - hi), x, b, matvec(x, i)), None
+        new = jax.tree.map(lambda xi, bi, hi: xi + jnp.asarray(eta, xi.dtype) * (bi - hi), x, b, matvec(x, i))
+        moves = jnp.isfinite(trees.dot(new, new))  # a series that diverges ends in the huge, not in inf - inf
+        return jax.tree.map(lambda xi, old: jnp.where(moves, xi, old), new, x), None
 
     return jax.lax.scan(step, x, jnp.arange(num_steps))[0]
-
-
-def _inner_products(left, right):
-    """``[r, s]`` of two stacks ``[r, ...]`` and ``[s, ...]`` of pytrees."""
-    flat = jax.tree.map(
-        lambda a, b: jnp.matmul(a.reshape(len(a), -1), b.reshape(len(b), -1).T, precision=jax.lax.Precision.HIGHEST),
-        left,
-        right,
-    )
-    return sum(jax.tree.leaves(flat))
 
 
 def _positive(x):

@@ -89,7 +89,7 @@ class FiniteDifference(Section):
     """Inner response by a central difference along the outer gradient (DARTS, SAMA)."""
 
     estimator: Literal["finite_difference"] = Field(description="how alpha's gradient is estimated")
-    radius: float = Field(default=0.01, gt=0, description="norm of the step to either side")
+    radius: float = Field(default=0.1, gt=0, description="norm of the step to either side")
     step_size: float = Field(default=1.0, gt=0, description="factor of the outer gradient; DARTS: the learning rate")
     precondition: bool = Field(default=False, description="take direction and size from the optimiser's update (SAMA)")
 

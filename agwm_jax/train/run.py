@@ -20,7 +20,7 @@ from agwm_jax.core.mixup import mix
 from agwm_jax.data.tasks import Task
 from agwm_jax.diagnostics import search_warnings
 from agwm_jax.methods.phase import Weights
-from agwm_jax.schema.hypergradient import Implicit
+from agwm_jax.schema.hypergradient import Implicit, Penalty
 from agwm_jax.train import run_folder
 from agwm_jax.train.checkpoint import Checkpoints
 from agwm_jax.train.evaluate import columns_on_device, export_run, predict_logits, scores
@@ -168,7 +168,11 @@ def _set_compilation_cache(folder: str | None) -> None:
 
 
 def _warn_about_identifiability(config: Config) -> None:
-    if config.method.name == "agwm" and isinstance(config.hypergradient, Implicit) and config.search.anchor == 0:
+    if (
+        config.method.name == "agwm"
+        and isinstance(config.hypergradient, Implicit | Penalty)
+        and config.search.anchor == 0
+    ):
         warnings.warn(
             f"hypergradient.estimator {config.hypergradient.estimator} with search.anchor 0: without an anchor the "
             "task weights can undo alpha, the exact hypergradient at the inner optimum is zero, and a better solve "

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+# The solution of the linear system and the direction of its largest eigenvalue are carried from step to step.
 LONG = [
+    "--hypergradient.estimator",
+    "gradient_descent",
+    "--search.anchor",
+    "0.1",
     "--search.num_splits",
     "2",
     "--search.epochs",

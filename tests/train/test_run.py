@@ -194,16 +194,24 @@ def test_same_seed_same_bits_other_seed_other_draw(configure):
     assert a == b != c
 
 
+CONJUGATE_GRADIENT = [
+    *("--hypergradient.estimator", "conjugate_gradient", "--hypergradient.curvature", "gauss_newton"),
+    *("--hypergradient.damping", "0.1", "--hypergradient.warm_start", "true"),
+]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         ["--hypergradient.estimator", "first_order", "--search.rollback", "false", "--mixup.rank", "2"],
         ["--hypergradient.estimator", "neumann", "--search.anchor", "0.1", "--model.pooling", "mean"],
         ["--hypergradient.estimator", "unrolled", "--search.inner_steps", "2", "--mixup.rank", "full"],
+        [*CONJUGATE_GRADIENT, "--search.anchor", "0.1"],
+        ["--hypergradient.estimator", "penalty", "--hypergradient.growth", "1.0"],
         ["--model.dtype", "bfloat16", "--mixup.complement", "factored", "--search.average", "alpha"],
         ["--mixup.frozen", r"embeddings\..*", "--search.outer.gradient_clip", "1.0", "--data.pad_to", "0.5"],
     ],
-    ids=["first_order", "neumann", "unrolled", "bfloat16", "frozen"],
+    ids=["first_order", "neumann", "unrolled", "conjugate_gradient", "penalty", "bfloat16", "frozen"],
 )
 def test_settings_change_the_run_and_it_ends_finite(configure, agwm_run, overrides):
     result = train(configure(*overrides), progress=False)
@@ -214,6 +222,24 @@ def test_settings_change_the_run_and_it_ends_finite(configure, agwm_run, overrid
     assert all(np.isfinite([r["loss"] for r in lines]))
     assert all(r["hypergradient_norm"] > 0 for r in lines if r["phase"] == "search-0")
     assert 0 <= result["scores"]["test"]["accuracy"] <= 1
+
+
+def test_a_solve_that_diverges_is_told_while_it_runs(configure, capfd):
+    series = ["--hypergradient.estimator", "neumann", "--hypergradient.num_terms", "4", "--search.anchor", "0.1"]
+    result = train(configure(*series, "--hypergradient.step_size", "100"), progress=False)
+    assert all(line["residual"] > 1 for line in records(_folder(configure())) if line["phase"] == "search-0")
+    assert "linear_solve_diverged" in {warning["name"] for warning in result["warnings"]}
+    assert "hypergradient.curvature gauss_newton" in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize("estimator", ["neumann", "gradient_descent", "conjugate_gradient", "nystrom", "penalty"])
+def test_implicit_without_an_anchor_is_warned_about(configure, estimator):
+    config = configure("--hypergradient.estimator", estimator, "--model", "/nowhere")
+    with (
+        pytest.warns(UserWarning, match=f"{estimator} with search.anchor 0: .*the exact hypergradient .* is zero"),
+        pytest.raises(AgwmError, match="/nowhere"),
+    ):
+        train(config, progress=False)
 
 
 def test_a_regression_learns_from_pairs(configure, tmp_path, settings):

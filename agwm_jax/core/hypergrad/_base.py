@@ -32,6 +32,10 @@ class Hypergradient(NamedTuple):
     Takes the look-ahead itself (one update of `inner_tx` a batch of `inner_batches`, whose leaves carry a leading axis
     ``[k, ...]``), because reverse mode must see it.
     """
+    rollback: Callable[..., Any] | None = None
+    """``rollback(problem, inner_tx, state, outer, inner_batches, outer_batch) -> state``, for an estimator that carries
+    an inner variable of its own: its next state where the inner updates are taken anew at the new outer variable, given
+    the state from before the step."""
 
 
 def stateless(inner: InnerState, outer) -> tuple[()]:

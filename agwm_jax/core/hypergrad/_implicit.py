@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from agwm_jax.core import curvature as curvatures
+from agwm_jax.core import trees
 from agwm_jax.core.curvature import Curvature, Hvp
 from agwm_jax.core.hypergrad._base import Estimate, Hypergradient
 from agwm_jax.core.inner import InnerState, inner_steps
@@ -56,14 +57,17 @@ def implicit(
     def estimate(problem: Problem, tx: optax.GradientTransformation, inner, outer, inner_batches, outer_batch, state):
         loss = problem.inner_loss
         inner, losses = inner_steps(loss, tx, inner, outer, inner_batches)
-        w = inner.params
-        value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(w, outer, outer_batch)
+        value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(inner.params, outer, outer_batch)
+        w = trees.after(inner.params, v)
         last = jax.tree.map(lambda x: x[-1], inner_batches)
         k = len(losses)
 
+        # Beside a Gauss-Newton solve the joint gradient is needed once, at the end: nothing is kept for it meanwhile.
+        joint_hvp = "jvp" if curvature == "gauss_newton" and hvp == "linearize" else hvp
+
         def joint_product(batch):
-            _, _, rest = curvatures.linearize(loss, w, outer, batch, hvp)
-            return lambda p: curvatures.product(loss, w, outer, batch, rest, p, hvp)
+            _, _, saved = curvatures.linearize(loss, w, outer, batch, joint_hvp)
+            return lambda p: curvatures.product(loss, w, outer, batch, saved, p, joint_hvp)
 
         def matrix(batch, joint):
             gauss_newton = curvature == "gauss_newton"
@@ -81,9 +85,9 @@ def implicit(
         solution = solver.solve(matvec, v, state)
         bx, jx = joint(solution.x)
         bx = fixed(solution.x) if curvature == "gauss_newton" else bx
-        v_norm = optax.tree.norm(v)
+        v_norm = trees.norm(v)
         # Where the outer loss does not feel the inner variable, v = x = 0 solves the system: residual 0, not 0 / 0.
-        residual = optax.tree.norm(optax.tree.sub(bx, v)) / jnp.where(v_norm > 0, v_norm, 1)
+        residual = trees.norm(optax.tree.sub(bx, v)) / jnp.where(v_norm > 0, v_norm, 1)
         info = {"inner_loss": jnp.mean(losses), "outer_loss": value, "residual": residual, **solution.info}
         return Estimate(optax.tree.sub(direct, jx), inner, solution.state, info)
 

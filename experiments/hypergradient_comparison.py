@@ -1,0 +1,370 @@
+"""Every estimator of the hypergradient against exact answers, and against a converged solve on a real model.
+
+    python experiments/hypergradient_comparison.py --data FOLDER --output runs/hypergradients
+
+1. Analytic problems in float64: relative error of the hypergradient against cost.
+2. The model of the config, along a recorded search for every anchor: cosine, norm and response of each estimator's
+   hypergradient against a reference (conjugate gradients on the damped Gauss-Newton system of the same batch), seconds
+   and memory; then the loss of the validation split, on which alpha is fitted, and of the development split, which
+   nothing is fitted on, after equally many outer steps and after equal seconds.
+
+Writes comparison.csv, comparison.md and the figures frontier.png and cosine.png.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from analytic_hypergradients import analytic_rows
+from hypergradient_figures import write_figures, write_markdown
+
+from agwm_jax import Hypergradient, Problem, bilevel, hypergrad, linear_solve, mixup_problem, project_alpha
+from agwm_jax.build import Built, build, build_optimizer
+from agwm_jax.config import Config, load_config
+from agwm_jax.core.cost import matmul_flops
+from agwm_jax.errors import AgwmError
+from agwm_jax.models.loss import batch_loss
+from agwm_jax.train.batches import gather
+from agwm_jax.train.evaluate import columns_on_device
+
+Rows = list[dict[str, Any]]
+
+
+class Preset(NamedTuple):
+    """How much is measured."""
+
+    points: tuple[int, ...]
+    """Outer steps of the recorded searches at which every estimator is compared."""
+    anchors: tuple[float, ...]
+    reference_steps: int
+    outer_steps: int
+    """Of the comparison of losses, which is done with the last anchor."""
+    orders: int
+    """Orders of the data in the comparison of losses."""
+    terms: tuple[int, ...]
+    """Numbers of terms or steps of the solvers."""
+
+
+PRESETS = {
+    "default": Preset((10, 30), (0.0, 1.0), reference_steps=40, outer_steps=10, orders=1, terms=(5,)),
+    "full": Preset(tuple(range(5, 45, 5)), (0.0, 0.1, 1.0), 200, outer_steps=40, orders=5, terms=(1, 3, 5, 10, 20)),
+}
+DAMPING = 0.1  # of the reference; the largest eigenvalue is about 100
+SOLVER_DAMPING = 1.0  # of the conjugate gradients that are compared with it, which have few steps
+WARM_UP = 2  # steps of the recorded search before a point in which an estimator builds up what it carries
+
+
+def estimators(terms: tuple[int, ...], learning_rate: float) -> dict[str, Hypergradient]:
+    """What is compared, by the name in tables and figures."""
+    implicit, auto = hypergrad.implicit, "auto"
+    found = {
+        "first_order": hypergrad.first_order(),
+        "unrolled": hypergrad.unrolled(),
+        "unrolled, differences": hypergrad.unrolled(hvp="finite_difference"),
+        f"finite_difference, {learning_rate:g} v (DARTS)": hypergrad.finite_difference(step_size=learning_rate),
+        "finite_difference, v": hypergrad.finite_difference(),
+        "finite_difference, SAMA": hypergrad.finite_difference(precondition=True),
+        "penalty 10": hypergrad.penalty(weight=10.0),
+        "gradient_descent 1, GN": implicit(linear_solve.gradient_descent(step_size=auto), curvature="gauss_newton"),
+    }
+    for k in terms:
+        series = linear_solve.neumann(num_terms=k, step_size=auto)
+        gradients = linear_solve.conjugate_gradient(num_steps=k, damping=SOLVER_DAMPING)
+        found |= {
+            f"neumann {k}": implicit(series),
+            f"neumann {k}, GN": implicit(series, curvature="gauss_newton"),
+            f"conjugate_gradient {k}, GN": implicit(gradients, curvature="gauss_newton"),
+        }
+    sketch = linear_solve.nystrom(rank=2 * max(terms), rho=10.0)
+    return found | {f"nystrom {2 * max(terms)}, GN": implicit(sketch, curvature="gauss_newton")}
+
+
+class Setting(NamedTuple):
+    """The search of a config, taken apart."""
+
+    built: Built
+    problem: Callable[[Any, Any], Problem]
+    """``problem(frozen, anchor)``; the anchor may be traced, so that one program serves all."""
+    inner_tx: optax.GradientTransformation
+    outer_tx: optax.GradientTransformation
+    batches: Callable[..., tuple[Any, Any]]
+    """``batches(step, order=0) -> (inner_batches, outer_batch)``."""
+    splits: dict[str, Any]
+    """The rows that alpha is fitted on, and those of the development split, each as one batch without dropout."""
+    learning_rate: float
+
+
+def read_setting(config: Config, needed_steps: int) -> Setting:
+    """Model, data, optimisers and the batches of the first search."""
+    built = build(config)
+    plan = built.method.phases[0].plan
+    if "inner" not in plan:
+        raise AgwmError(f"method.name is {config.method.name}: expected agwm, whose search is what is compared.")
+    if len(plan["inner"]) < needed_steps:
+        raise AgwmError(
+            f"the search has {len(plan['inner'])} outer steps, {needed_steps} are needed: raise search.epochs."
+        )
+    loss = batch_loss(built.pretrained.apply, built.task.kind)
+    mixed = tuple(built.initial.alpha)
+    data = columns_on_device(built.encoded["train"])
+    steps, k = plan["inner"].shape[:2]
+
+    def batches(step: int, order: int = 0):
+        key = jax.random.fold_in(jax.random.fold_in(built.key, order), step)
+        inner_key, outer_key = jax.random.split(key)
+        row = np.random.default_rng(order).permutation(steps)[step] if order else step
+        inner = gather(data, jnp.asarray(plan["inner"][row]), inner_key)
+        return inner, gather(data, jnp.asarray(plan["outer"][row]), outer_key)
+
+    splits = {"fitted": gather(data, jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
+    if "development" in built.encoded:
+        held_out = columns_on_device(built.encoded["development"])
+        splits["held out"] = gather(held_out, jnp.arange(len(built.encoded["development"].labels)))
+    return Setting(
+        built,
+        lambda frozen, anchor: mixup_problem(
+            loss, frozen, mixed=mixed, complement=config.mixup.complement, anchor=anchor
+        ),
+        build_optimizer(config.search.inner, num_steps=steps * k),
+        build_optimizer(config.search.outer, num_steps=steps),
+        batches,
+        splits,
+        config.search.inner.learning_rate,
+    )
+
+
+class Program(NamedTuple):
+    """One compiled outer step; the estimator's last hypergradient is ``state.estimator[1]``."""
+
+    start: Any
+    init_estimator: Callable[[Any], Any]
+    """``init_estimator(state) -> state``, with the estimator's own part begun anew."""
+    step: Callable[..., Any]
+    bytes: int
+    """Temporaries and the new state, as the compiler reports them."""
+    cost: float
+    """Matrix products, in those of one forward and backward pass."""
+    compile_seconds: float
+
+
+def compile_step(setting: Setting, estimator: Hypergradient, outer_tx=None) -> Program:
+    """Compile ``step(frozen, anchor, state, inner_batches, outer_batch) -> (state, info)``."""
+
+    def estimate(*arguments):
+        *given, (state, _) = arguments
+        result = estimator.estimate(*given, state)
+        return result._replace(state=(result.state, result.hypergradient))
+
+    recording = Hypergradient(
+        lambda inner, outer: (estimator.init(inner, outer), optax.tree.zeros_like(outer)), estimate
+    )
+
+    def solver(frozen, anchor):
+        return bilevel(
+            setting.problem(frozen, anchor),
+            recording,
+            inner_tx=setting.inner_tx,
+            outer_tx=setting.outer_tx if outer_tx is None else outer_tx,
+            project=project_alpha,
+            rollback=False,
+        )
+
+    def step(frozen, anchor, state, inner_batches, outer_batch):
+        return solver(frozen, anchor).step(state, inner_batches, outer_batch)
+
+    frozen, initial = setting.built.frozen, setting.built.initial
+    start = jax.jit(solver(frozen, 0.0).init)(initial.task, initial.alpha)
+    arguments = (frozen, jnp.float32(0), start, *setting.batches(0))
+    began = time.perf_counter()
+    compiled = jax.jit(step).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+
+    def plain(frozen, task, alpha, batch):
+        return jax.value_and_grad(setting.problem(frozen, 0.0).outer_loss)(task, alpha, batch)
+
+    unit = matmul_flops(plain, frozen, initial.task, initial.alpha, arguments[-1])
+    memory = compiled.memory_analysis()
+    return Program(
+        start,
+        jax.jit(lambda state: state._replace(estimator=recording.init(state.inner, state.outer))),
+        compiled,
+        memory.temp_size_in_bytes + memory.output_size_in_bytes,
+        matmul_flops(step, *arguments) / unit,
+        seconds,
+    )
+
+
+def model_rows(setting: Setting, preset: Preset) -> Rows:
+    """Part 2: every estimator at points of the recorded searches, then each in a search of its own."""
+    programs = {}
+    for name, estimator in estimators(preset.terms, setting.learning_rate).items():
+        programs[name] = compile_step(setting, estimator)
+        print(f"compiled {name}: {programs[name].cost:.1f} fb, {programs[name].compile_seconds:.0f} s", flush=True)
+    cg = linear_solve.conjugate_gradient(num_steps=preset.reference_steps, damping=DAMPING)
+    reference = compile_step(setting, hypergrad.implicit(cg, curvature="gauss_newton"))
+    held = compile_step(setting, hypergrad.first_order(), optax.set_to_zero())
+
+    rows: Rows = []
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for anchor in preset.anchors:
+        recorded = recorded_search(setting, programs["unrolled"], anchor, preset.points)
+        for step in preset.points:
+            rows += compare(setting, recorded, step, anchor, programs, reference, seconds)
+            print(f"compared at step {step}, anchor {anchor:g}", flush=True)
+    median = {name: float(np.median(found)) for name, found in seconds.items()}
+    for name, program in programs.items():
+        for quantity, value in (("fb", program.cost), ("seconds", median[name]), ("bytes", program.bytes)):
+            rows.append({"part": "cost", "estimator": name, "quantity": quantity, "value": value})
+    return rows + search_losses(setting, preset, {"alpha held": held, **programs}, median)
+
+
+def recorded_search(setting: Setting, program: Program, anchor: float, points: tuple[int, ...]) -> dict[int, Any]:
+    """States before the outer steps of one search at which an estimator is called."""
+    state, found = program.start, {}
+    wanted = {step - back for step in points for back in range(WARM_UP + 1)}
+    for step in range(max(points) + 1):
+        if step in wanted:
+            found[step] = state
+        state, _ = program.step(setting.built.frozen, jnp.float32(anchor), state, *setting.batches(step))
+    return found
+
+
+def compare(
+    setting: Setting,
+    recorded: Mapping[int, Any],
+    step: int,
+    anchor: float,
+    programs: Mapping[str, Program],
+    reference: Program,
+    seconds: dict[str, list[float]],
+) -> Rows:
+    """Cosine and norm ratio to the reference, of the whole hypergradient and of the response alone, at one point."""
+
+    def hypergradient(program: Program, name: str | None = None):
+        state = program.init_estimator(recorded[step - WARM_UP])
+        carries = len(jax.tree.leaves(state.estimator[0])) > 0
+        for at in range(step - WARM_UP if carries else step, step + 1):
+            state = recorded[at]._replace(estimator=state.estimator)
+            batches = jax.block_until_ready(setting.batches(at))
+            began = time.perf_counter()
+            state, info = jax.block_until_ready(
+                program.step(setting.built.frozen, jnp.float32(anchor), state, *batches)
+            )
+            if name is not None:
+                seconds[name].append(time.perf_counter() - began)
+        return _flat(state.estimator[1]), info
+
+    where = {"part": "points", "anchor": anchor, "step": step}
+    wanted, info = hypergradient(reference)
+    rows: Rows = [
+        {**where, "estimator": "reference", "quantity": quantity, "value": float(info[quantity])}
+        for quantity in ("damped_residual", "residual")
+    ]
+    direct = None
+    for name, program in programs.items():
+        found, info = hypergradient(program, name)
+        direct = found if direct is None else direct  # the first is first_order
+        measured = {"cosine": _cosine(found, wanted), "norm ratio": _norm(found) / _norm(wanted)}
+        if name != "first_order":
+            measured["response cosine"] = _cosine(found - direct, wanted - direct)
+            measured["response to direct"] = _norm(found - direct) / _norm(direct)
+        if "residual" in info:
+            measured["residual"] = float(info["residual"])
+        rows += [{**where, "estimator": name, "quantity": q, "value": v} for q, v in measured.items()]
+    ratio = _norm(wanted - direct) / _norm(direct)
+    return [*rows, {**where, "estimator": "reference", "quantity": "response to direct", "value": ratio}]
+
+
+def search_losses(
+    setting: Setting, preset: Preset, programs: Mapping[str, Program], seconds: Mapping[str, float]
+) -> Rows:
+    """Losses after equally many outer steps, and after the seconds that `unrolled` takes for them."""
+
+    @jax.jit
+    def losses(frozen, state):
+        loss = setting.problem(frozen, 0.0).outer_loss
+        return {name: loss(state.inner.params, state.outer, rows) for name, rows in setting.splits.items()}
+
+    seconds = {"alpha held": seconds["first_order"], **seconds}
+    limit = preset.outer_steps * seconds["unrolled"]
+    most = len(setting.built.method.phases[0].plan["outer"])
+    anchor = preset.anchors[-1]
+    rows: Rows = []
+    for name, program in programs.items():
+        stops = {"equal steps": preset.outer_steps, "equal seconds": min(most, max(1, int(limit / seconds[name])))}
+        for order in range(preset.orders):
+            state = program.start
+            for step in range(1, max(stops.values()) + 1):
+                batches = setting.batches(step - 1, order)
+                state, _ = program.step(setting.built.frozen, jnp.float32(anchor), state, *batches)
+                for stop in (stop for stop, at in stops.items() if at == step):
+                    row = {"part": "search", "estimator": name, "anchor": anchor, "step": step, "order": order}
+                    found = losses(setting.built.frozen, state)
+                    rows += [{**row, "quantity": f"{s} loss, {stop}", "value": float(v)} for s, v in found.items()]
+        print(f"searched with {name}", flush=True)
+    return rows
+
+
+def _flat(tree) -> np.ndarray:
+    return np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x))
+
+
+def _cosine(x: np.ndarray, y: np.ndarray) -> float:
+    norms = _norm(x) * _norm(y)
+    return float(x @ y / norms) if norms else float("nan")
+
+
+COLUMNS = ("part", "problem", "estimator", "terms", "fb", "anchor", "step", "order", "quantity", "value")
+
+
+def main() -> int:
+    """Measure, then write the table and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=Path(__file__).parents[1] / "configs/stsb_300.yaml")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train.jsonl and validation.jsonl (default: as the config)"
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="full is for a GPU")
+    parser.add_argument("--output", type=Path, default=Path("runs/hypergradients"))
+    arguments, overrides = parser.parse_known_args()
+    data = arguments.data
+    files = (
+        [w for s in ("train", "validation") for w in (f"--task.files.{s}", str(data / f"{s}.jsonl"))] if data else []
+    )
+    began = time.perf_counter()
+    try:
+        config = load_config(arguments.config, ["--data.max_length", "32", "--search.epochs", "3", *files, *overrides])
+        preset = PRESETS[arguments.preset]
+        setting = read_setting(config, max(*preset.points, preset.outer_steps) + 1)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        rows = analytic_rows()
+        print(f"analytic problems: {time.perf_counter() - began:.0f} s", flush=True)
+        rows += model_rows(setting, preset)
+    except AgwmError as error:
+        print(f"hypergradient_comparison: {error}", file=sys.stderr)
+        return 2
+    with (arguments.output / "comparison.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    report = write_markdown(rows, arguments.output / "comparison.md")
+    figures = write_figures(rows, arguments.output)
+    print(f"\n{report}\n{time.perf_counter() - began:.0f} s on {jax.device_count()} x {jax.devices()[0].device_kind}")
+    print("Written:", *(f"  {path}" for path in (arguments.output / "comparison.csv", *figures)), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
