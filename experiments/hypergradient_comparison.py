@@ -49,13 +49,31 @@ class Preset(NamedTuple):
     """Of the comparison of losses, which is done with the last anchor."""
     orders: int
     """Orders of the data in the comparison of losses."""
+    searched: tuple[str, ...] | None
+    """Estimators in the comparison of losses; None for all."""
     terms: tuple[int, ...]
     """Numbers of terms or steps of the solvers."""
 
 
 PRESETS = {
-    "default": Preset((10, 30), (0.0, 1.0), reference_steps=40, outer_steps=10, orders=1, terms=(5,)),
-    "full": Preset(tuple(range(5, 45, 5)), (0.0, 0.1, 1.0), 200, outer_steps=40, orders=5, terms=(1, 3, 5, 10, 20)),
+    "default": Preset(
+        points=(10, 30),
+        anchors=(0.0, 1.0),
+        reference_steps=30,
+        outer_steps=20,
+        orders=1,
+        searched=("first_order", "unrolled", "finite_difference, SAMA", "penalty 10", "conjugate_gradient 5, GN"),
+        terms=(5,),
+    ),
+    "full": Preset(
+        points=tuple(range(5, 45, 5)),
+        anchors=(0.0, 0.1, 1.0),
+        reference_steps=200,
+        outer_steps=40,
+        orders=5,
+        searched=None,
+        terms=(1, 3, 5, 10, 20),
+    ),
 }
 DAMPING = 0.1  # of the reference; the largest eigenvalue is about 100
 SOLVER_DAMPING = 1.0  # of the conjugate gradients that are compared with it, which have few steps
@@ -87,6 +105,16 @@ def estimators(terms: tuple[int, ...], learning_rate: float) -> dict[str, Hyperg
     return found | {f"nystrom {2 * max(terms)}, GN": implicit(sketch, curvature="gauss_newton")}
 
 
+def without_signal(estimator: Hypergradient) -> Hypergradient:
+    """The control: alpha stays where it starts, and all else goes on as in a search."""
+
+    def estimate(*arguments):
+        result = estimator.estimate(*arguments)
+        return result._replace(hypergradient=optax.tree.zeros_like(result.hypergradient))
+
+    return Hypergradient(estimator.init, estimate)
+
+
 class Setting(NamedTuple):
     """The search of a config, taken apart."""
 
@@ -97,6 +125,8 @@ class Setting(NamedTuple):
     outer_tx: optax.GradientTransformation
     batches: Callable[..., tuple[Any, Any]]
     """``batches(step, order=0) -> (inner_batches, outer_batch)``."""
+    start: Any
+    """State of the search before its first step."""
     splits: dict[str, Any]
     """The rows that alpha is fitted on, and those of the development split, each as one batch without dropout."""
     learning_rate: float
@@ -128,14 +158,22 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
     if "development" in built.encoded:
         held_out = columns_on_device(built.encoded["development"])
         splits["held out"] = gather(held_out, jnp.arange(len(built.encoded["development"].labels)))
+
+    def problem(frozen, anchor) -> Problem:
+        return mixup_problem(loss, frozen, mixed=mixed, complement=config.mixup.complement, anchor=anchor)
+
+    inner_tx = build_optimizer(config.search.inner, num_steps=steps * k)
+    outer_tx = build_optimizer(config.search.outer, num_steps=steps)
+    solver = bilevel(
+        problem(built.frozen, 0.0), hypergrad.first_order(), inner_tx=inner_tx, outer_tx=outer_tx, project=project_alpha
+    )
     return Setting(
         built,
-        lambda frozen, anchor: mixup_problem(
-            loss, frozen, mixed=mixed, complement=config.mixup.complement, anchor=anchor
-        ),
-        build_optimizer(config.search.inner, num_steps=steps * k),
-        build_optimizer(config.search.outer, num_steps=steps),
+        problem,
+        inner_tx,
+        outer_tx,
         batches,
+        solver.init(built.initial.task, built.initial.alpha),
         splits,
         config.search.inner.learning_rate,
     )
@@ -144,7 +182,6 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
 class Program(NamedTuple):
     """One compiled outer step; the estimator's last hypergradient is ``state.estimator[1]``."""
 
-    start: Any
     init_estimator: Callable[[Any], Any]
     """``init_estimator(state) -> state``, with the estimator's own part begun anew."""
     step: Callable[..., Any]
@@ -155,7 +192,7 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-def compile_step(setting: Setting, estimator: Hypergradient, outer_tx=None) -> Program:
+def compile_step(setting: Setting, estimator: Hypergradient) -> Program:
     """Compile ``step(frozen, anchor, state, inner_batches, outer_batch) -> (state, info)``."""
 
     def estimate(*arguments):
@@ -172,7 +209,7 @@ def compile_step(setting: Setting, estimator: Hypergradient, outer_tx=None) -> P
             setting.problem(frozen, anchor),
             recording,
             inner_tx=setting.inner_tx,
-            outer_tx=setting.outer_tx if outer_tx is None else outer_tx,
+            outer_tx=setting.outer_tx,
             project=project_alpha,
             rollback=False,
         )
@@ -181,8 +218,8 @@ def compile_step(setting: Setting, estimator: Hypergradient, outer_tx=None) -> P
         return solver(frozen, anchor).step(state, inner_batches, outer_batch)
 
     frozen, initial = setting.built.frozen, setting.built.initial
-    start = jax.jit(solver(frozen, 0.0).init)(initial.task, initial.alpha)
-    arguments = (frozen, jnp.float32(0), start, *setting.batches(0))
+    init_estimator = jax.jit(lambda state: state._replace(estimator=recording.init(state.inner, state.outer)))
+    arguments = (frozen, jnp.float32(0), init_estimator(setting.start), *setting.batches(0))
     began = time.perf_counter()
     compiled = jax.jit(step).lower(*arguments).compile()
     seconds = time.perf_counter() - began
@@ -193,8 +230,7 @@ def compile_step(setting: Setting, estimator: Hypergradient, outer_tx=None) -> P
     unit = matmul_flops(plain, frozen, initial.task, initial.alpha, arguments[-1])
     memory = compiled.memory_analysis()
     return Program(
-        start,
-        jax.jit(lambda state: state._replace(estimator=recording.init(state.inner, state.outer))),
+        init_estimator,
         compiled,
         memory.temp_size_in_bytes + memory.output_size_in_bytes,
         matmul_flops(step, *arguments) / unit,
@@ -210,7 +246,7 @@ def model_rows(setting: Setting, preset: Preset) -> Rows:
         print(f"compiled {name}: {programs[name].cost:.1f} fb, {programs[name].compile_seconds:.0f} s", flush=True)
     cg = linear_solve.conjugate_gradient(num_steps=preset.reference_steps, damping=DAMPING)
     reference = compile_step(setting, hypergrad.implicit(cg, curvature="gauss_newton"))
-    held = compile_step(setting, hypergrad.first_order(), optax.set_to_zero())
+    held = compile_step(setting, without_signal(hypergrad.first_order()))
 
     rows: Rows = []
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -223,12 +259,13 @@ def model_rows(setting: Setting, preset: Preset) -> Rows:
     for name, program in programs.items():
         for quantity, value in (("fb", program.cost), ("seconds", median[name]), ("bytes", program.bytes)):
             rows.append({"part": "cost", "estimator": name, "quantity": quantity, "value": value})
-    return rows + search_losses(setting, preset, {"alpha held": held, **programs}, median)
+    searched = {name: programs[name] for name in preset.searched or programs}
+    return rows + search_losses(setting, preset, {"alpha held": held, **searched}, median)
 
 
 def recorded_search(setting: Setting, program: Program, anchor: float, points: tuple[int, ...]) -> dict[int, Any]:
     """States before the outer steps of one search at which an estimator is called."""
-    state, found = program.start, {}
+    state, found = program.init_estimator(setting.start), {}
     wanted = {step - back for step in points for back in range(WARM_UP + 1)}
     for step in range(max(points) + 1):
         if step in wanted:
@@ -250,7 +287,7 @@ def compare(
 
     def hypergradient(program: Program, name: str | None = None):
         state = program.init_estimator(recorded[step - WARM_UP])
-        carries = len(jax.tree.leaves(state.estimator[0])) > 0
+        carries = any(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(state.estimator[0]))
         for at in range(step - WARM_UP if carries else step, step + 1):
             state = recorded[at]._replace(estimator=state.estimator)
             batches = jax.block_until_ready(setting.batches(at))
@@ -301,7 +338,7 @@ def search_losses(
     for name, program in programs.items():
         stops = {"equal steps": preset.outer_steps, "equal seconds": min(most, max(1, int(limit / seconds[name])))}
         for order in range(preset.orders):
-            state = program.start
+            state = program.init_estimator(setting.start)
             for step in range(1, max(stops.values()) + 1):
                 batches = setting.batches(step - 1, order)
                 state, _ = program.step(setting.built.frozen, jnp.float32(anchor), state, *batches)

@@ -16,36 +16,43 @@ Row = dict[str, Any]
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> str:
-    """One line an estimator: what it costs, what it agrees with, what it leads to."""
+    """Two tables: what each estimator costs and agrees with, and what each leads to."""
     points = [row for row in rows if row["part"] == "points"]
     anchors = sorted({row["anchor"] for row in points})
-    last = anchors[-1]
-    lines = []
-    for name in dict.fromkeys(row["estimator"] for row in rows if row["part"] == "search"):
+    compared = []
+    for name in _names(rows, "cost"):
         cost = {r["quantity"]: r["value"] for r in rows if r["part"] == "cost" and r["estimator"] == name}
         own = [row for row in points if row["estimator"] == name]
-        line = {
-            "estimator": name,
-            "fb": f"{cost['fb']:.1f}" if cost else "-",
-            "s": f"{cost['seconds']:.2f}" if cost else "-",
-            "GB": f"{cost['bytes'] / 1e9:.2f}" if cost else "-",
-        }
+        line = {"estimator": name, "fb": f"{cost['fb']:.1f}", "s": f"{cost['seconds']:.2f}"}
+        line["GB"] = f"{cost['bytes'] / 1e9:.2f}"
         for quantity in ("cosine", "response cosine"):
             for anchor in anchors:
                 line[f"{quantity}, anchor {anchor:g}"] = _median(own, quantity, anchor)
-        line[f"response / direct, anchor {last:g}"] = _median(own, "response to direct", last)
-        line[f"residual, anchor {last:g}"] = _median(own, "residual", last)
-        search = [row for row in rows if row["part"] == "search" and row["estimator"] == name]
-        for quantity in dict.fromkeys(row["quantity"] for row in search):
-            found = [row for row in search if row["quantity"] == quantity]
+        for quantity, short in (("response to direct", "response / direct"), ("residual", "residual")):
+            line[f"{short}, anchor {anchors[-1]:g}"] = _median(own, quantity, anchors[-1])
+        compared.append(line)
+    searched = []
+    quantities = sorted({row["quantity"] for row in rows if row["part"] == "search"})
+    for name in _names(rows, "search"):
+        line = {"estimator": name}
+        own = [row for row in rows if row["part"] == "search" and row["estimator"] == name]
+        for quantity in quantities:
+            found = [row for row in own if row["quantity"] == quantity]
             line[f"{quantity} (steps)"] = f"{_mean(r['value'] for r in found)} ({found[0]['step']})"
-        lines.append(line)
-    head = max(lines, key=len)
-    table = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    table += [f"| {' | '.join(line.get(column, '-') for column in head)} |" for line in lines]
-    text = "\n".join(table) + "\n\n" + _reading(points, anchors)
+        searched.append(line)
+    text = f"{_table(compared)}\n{_reading(points, anchors)}\n{_table(searched)}"
     path.write_text(text)
     return text
+
+
+def _names(rows: Sequence[Row], part: str) -> list[str]:
+    return list(dict.fromkeys(row["estimator"] for row in rows if row["part"] == part))
+
+
+def _table(lines: Sequence[dict[str, str]]) -> str:
+    head = list(lines[0])
+    table = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    return "\n".join([*table, *(f"| {' | '.join(line.values())} |" for line in lines), ""])
 
 
 def _reading(points: Sequence[Row], anchors: Sequence[float]) -> str:
@@ -98,18 +105,22 @@ def _frontier(figure: "Figure", rows: Sequence[Row]) -> None:
 def _model_panel(axes: Any, rows: Sequence[Row], look: dict[str, Look]) -> None:
     points = [row for row in rows if row["part"] == "points"]
     anchor = max(row["anchor"] for row in points)
+    placed = []
     for row in (row for row in rows if row["part"] == "cost" and row["quantity"] == "fb"):
         found = [r for r in points if r["estimator"] == row["estimator"] and r["anchor"] == anchor]
         cosines = [r["value"] for r in found if r["quantity"] == "response cosine"]
         if cosines:
-            where, own = (row["value"], float(np.median(cosines))), look[_family(row)]
-            axes.plot(*where, color=own.color, marker=own.marker, ms=7)
-            name = row["estimator"]
-            axes.annotate(name, where, xytext=(6, -3), textcoords="offset points", fontsize=7.5, color=INK)
+            placed.append((float(np.median(cosines)), row["value"], row["estimator"], look[_family(row)]))
+    right, low = 1.15 * max(fb for _, fb, _, _ in placed), -np.inf
+    for cosine, fb, name, own in sorted(placed, key=lambda each: each[:3]):
+        low = max(cosine, low + 0.05)  # names stand in a column, none upon another
+        axes.plot([fb, right], [cosine, low], color=own.color, lw=0.6)
+        axes.plot(fb, cosine, color=own.color, marker=own.marker, ms=7)
+        axes.annotate(name, (right, low), xytext=(3, -3), textcoords="offset points", fontsize=8, color=INK)
     axes.axhline(0, color=INK, lw=0.6)
-    axes.set(xscale="log", title=f"real model, anchor {anchor:g}", xlabel="cost of an outer step (fb)")
+    axes.set(title=f"real model, anchor {anchor:g}", xlabel="cost of an outer step (fb)", xlim=(0, 2.1 * right))
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= right])
     axes.set_ylabel("cosine of the response with the reference")
-    axes.set_xlim(right=axes.get_xlim()[1] * 4)
 
 
 def _heat(figure: "Figure", rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -148,12 +148,12 @@ def conjugate_gradient(*, num_steps: int, damping: float = 0.0, warm_start: bool
 def nystrom(*, rank: int, rho: float, seed: int = 0) -> LinearSolver:
     """``(B_r + rho I)^-1 b`` with a random rank-r approximation of B: r products, each solve a new draw.
 
-    ``B_r = Y (Q' Y)^+ Y'``, ``Y = B Q``, Q [n, r] an orthonormal basis of a Gaussian sketch. The paper samples columns
-    of B (Q of unit vectors; Hataya and Yamada 2023, arXiv 2302.09726); a Gaussian sketch needs as many products and
-    does not miss a curvature that lies in few weights, such as the embeddings of one batch's words. The share of b
+    ``B_r = Y (Q' Y)^+ Y'``, ``Y = B Q``, Q [n, r] Gaussian and, where r is near n, orthonormalised. The paper samples
+    columns of B (Q of unit vectors; Hataya and Yamada 2023, arXiv 2302.09726); a Gaussian sketch needs as many products
+    and does not miss a curvature that lies in few weights, such as the embeddings of one batch's words. The share of b
     outside the sketch is divided by rho, as by a one-term Neumann series with step 1 / rho: take a rank above the
     number of large eigenvalues (a batch of b texts has b or so) or a rho of the size of those that are left out.
-    Memory: 3r vectors.
+    Memory: 3r vectors, whose algebra on a CPU outweighs the products.
 
     Args:
         rank: r, from 1 to the number of weights.
@@ -178,7 +178,9 @@ def nystrom(*, rank: int, rho: float, seed: int = 0) -> LinearSolver:
     def solve(matvec: Matvec, b, state) -> Solution:
         key = jax.random.fold_in(jax.random.key(seed), state)
         s = jax.vmap(lambda i: optax.tree.random_like(jax.random.fold_in(key, i), b))(jnp.arange(rank))
-        for _ in range(2):  # Gram-Schmidt by Cholesky's factor; the second pass removes the rounding of the first
+        # Few Gaussian vectors in many dimensions are orthogonal as they are; else Gram-Schmidt by Cholesky's factor, of
+        # which the second pass removes the rounding of the first.
+        for _ in range(2 if 10 * rank > sum(x.size for x in jax.tree.leaves(b)) else 0):
             factor = jnp.linalg.cholesky(trees.inner_products(s, s))
             s = trees.combine(jnp.linalg.inv(factor), s)
         y = jax.lax.map(lambda column: matvec(column[1], column[0]), (jnp.arange(rank), s))

@@ -4,6 +4,8 @@ import jax
 import jaxtyping
 import pytest
 
+pytest.register_assert_rewrite("tests.core.conformance")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():

@@ -7,19 +7,43 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax import LowRank, Partition, Problem, hypergrad, linear_solve, mix, mixup_problem, partition
-from agwm_jax.core.inner import InnerState
+from agwm_jax import Composite, LowRank, Partition, Problem, hypergrad, linear_solve, mix, mixup_problem, partition
+from agwm_jax.core.inner import InnerState, inner_steps
 
 NO_BATCH = jnp.zeros(())
 
-ESTIMATORS = {
+IMPLICIT = {
+    "neumann": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1)),
+    "neumann_auto": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size="auto")),
+    "neumann_finite_difference": hypergrad.implicit(
+        linear_solve.neumann(num_terms=3, step_size=0.1), hvp="finite_difference"
+    ),
+    "neumann_gauss_newton": hypergrad.implicit(
+        linear_solve.neumann(num_terms=3, step_size=0.1), curvature="gauss_newton"
+    ),
+    "neumann_resample": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1), hvp="jvp", resample=True),
+    "gradient_descent": hypergrad.implicit(linear_solve.gradient_descent(num_steps=2, step_size=0.1)),
+    "conjugate_gradient": hypergrad.implicit(linear_solve.conjugate_gradient(num_steps=2)),
+    "conjugate_gradient_warm": hypergrad.implicit(
+        linear_solve.conjugate_gradient(num_steps=2, damping=0.1, warm_start=True), curvature="gauss_newton"
+    ),
+    "nystrom": hypergrad.implicit(linear_solve.nystrom(rank=2, rho=1.0)),
+    "dense": hypergrad.implicit(linear_solve.dense()),
+}
+"""Estimators that solve a linear system; their info has a residual."""
+
+EXPLICIT = {
     "first_order": hypergrad.first_order(),
     "unrolled": hypergrad.unrolled(),
     "unrolled_last": hypergrad.unrolled(num_steps=1),
     "unrolled_jvp": hypergrad.unrolled(hvp="jvp"),
-    "neumann": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1)),
-    "dense": hypergrad.implicit(linear_solve.dense()),
+    "unrolled_finite_difference": hypergrad.unrolled(hvp="finite_difference"),
+    "finite_difference": hypergrad.finite_difference(),
+    "finite_difference_preconditioned": hypergrad.finite_difference(precondition=True),
+    "penalty": hypergrad.penalty(weight=10.0, growth=1.0),
 }
+
+ESTIMATORS = {**EXPLICIT, **IMPLICIT}
 """Every estimator there is: what the conformance suite runs over."""
 
 
@@ -31,18 +55,50 @@ def dense():
     return hypergrad.implicit(linear_solve.dense())
 
 
-def estimate_at(problem, estimator, inner, outer, *, tx=None, num_steps=1, inner_batches=None, outer_batch=NO_BATCH):
-    """The estimate from `inner`; without `tx` the look-ahead stays where it is, so that it is the one *at* `inner`."""
+def conjugate_gradient(num_steps, **options):
+    return hypergrad.implicit(linear_solve.conjugate_gradient(num_steps=num_steps, **options))
+
+
+def estimates_at(
+    problem, estimator, inner, outer, *, calls, tx=None, num_steps=1, inner_batches=None, outer_batch=NO_BATCH
+):
+    """As many estimates, each from `inner`, the estimator's state carried from one to the next."""
     tx = optax.set_to_zero() if tx is None else tx
     inner_batches = jnp.zeros((num_steps,)) if inner_batches is None else inner_batches
+    start = inner if isinstance(inner, InnerState) else InnerState(inner, tx.init(inner))
 
     @jax.jit
-    def run(inner, outer):
-        start = inner if isinstance(inner, InnerState) else InnerState(inner, tx.init(inner))
-        state = estimator.init(start, outer)
+    def run(start, outer, state):
         return estimator.estimate(problem, tx, start, outer, inner_batches, outer_batch, state)
 
-    return run(inner, outer)
+    estimates, state = [], estimator.init(start, outer)
+    for _ in range(calls):
+        estimates.append(run(start, outer, state))
+        state = estimates[-1].state
+    return estimates
+
+
+def estimate_at(problem, estimator, inner, outer, **options):
+    """The estimate from `inner`; without `tx` the look-ahead stays where it is, so that it is the one *at* `inner`."""
+    return estimates_at(problem, estimator, inner, outer, calls=1, **options)[0]
+
+
+TRANSFORMS = {
+    "adamw, clipped, on a schedule": optax.chain(
+        optax.clip_by_global_norm(0.3),
+        optax.adamw(optax.linear_schedule(0.1, 0.0, 20), weight_decay=0.1, eps_root=1e-8),
+    ),
+    "momentum": optax.sgd(0.05, momentum=0.9),
+}
+"""Inner optimisers whose update is not a multiple of the gradient."""
+
+
+def warm_state(problem, tx, outer):
+    """The inner state after some steps at another outer variable, away from the optimum."""
+    start = jnp.array([0.5, -1.0, 2.0])
+    return inner_steps(
+        problem.inner_loss, tx, InnerState(start, tx.init(start)), jnp.asarray(outer) + 0.3, jnp.zeros(5)
+    )[0]
 
 
 def central_difference(fn, x, radius=1e-5):
@@ -70,7 +126,7 @@ class Ridge(NamedTuple):
     hessian: np.ndarray
     moment: np.ndarray
     validation: tuple[np.ndarray, np.ndarray]
-    penalty: float = 0.3
+    penalty: float = np.float64(0.3)  # no Python float, which would be a weak type
 
     def solution(self):
         """The inner optimum."""
@@ -85,14 +141,26 @@ class Ridge(NamedTuple):
         """``d_o g - J x`` with J = d2_ow f = w, for an approximate solution x of ``H x = d_w g``."""
         return 0.2 * self.penalty - w @ x
 
+    def exact(self, w):
+        return self.hypergradient(w, np.linalg.solve(self.hessian, self.outer_gradient(w)))
+
+    def descend(self, w, step_size, num_steps=1):
+        """Inner gradient steps."""
+        for _ in range(num_steps):
+            w = w - step_size * (self.hessian @ w - self.moment)
+        return w
+
 
 def ridge(seed=0, n=12, d=4) -> Ridge:
     rng = np.random.default_rng(seed)
     x, x_val = rng.normal(size=(n, d)), rng.normal(size=(n, d))
     y, y_val = rng.normal(size=n), rng.normal(size=n)
 
-    def inner(w, penalty, _):
-        return 0.5 * jnp.mean((jnp.asarray(x) @ w - jnp.asarray(y)) ** 2) + 0.5 * penalty * jnp.sum(w**2)
+    # The model is linear in w, so that its Gauss-Newton matrix is the Hessian.
+    inner = Composite(
+        lambda w, penalty, _: (jnp.asarray(x) @ w, jnp.sqrt(penalty) * w),
+        lambda z, _: 0.5 * jnp.mean((z[0] - jnp.asarray(y)) ** 2) + 0.5 * jnp.sum(z[1] ** 2),
+    )
 
     def outer(w, penalty, _):
         return 0.5 * jnp.mean((jnp.asarray(x_val) @ w - jnp.asarray(y_val)) ** 2) + 0.1 * penalty**2
@@ -118,27 +186,73 @@ def diagonal_quadratic(h=(0.2, 1.0, 3.0), v=(1.0, -2.0, 0.5)) -> Quadratic:
     return Quadratic(Problem(inner, lambda w, o, _: jnp.sum(jnp.asarray(v) * w)), h, v)
 
 
-def logistic(seed=0, n=20, d=3) -> tuple[Problem, np.ndarray, np.ndarray]:
-    """A smooth problem that is not quadratic, its outer variable and its inner optimum (by Newton's method)."""
-    rng = np.random.default_rng(seed)
+class Logistic(NamedTuple):
+    """Logistic regression with a penalty exp(o_j) on feature j: smooth, not quadratic; o is the outer variable."""
+
+    problem: Problem
+    log_penalty: np.ndarray
+    optimum: np.ndarray
+    hessian: np.ndarray
+    solution: np.ndarray  # of H x = d_w g
+    hypergradient: np.ndarray
+
+
+def logistic(seed=0, n=20, log_penalty=(-1.0, -0.5, 0.2)) -> Logistic:
+    """With the inner optimum by Newton's method, and there the Hessian and the exact hypergradient."""
+    rng, log_penalty = np.random.default_rng(seed), np.array(log_penalty)
+    d = len(log_penalty)
     x, y = rng.normal(size=(n, d)), rng.integers(0, 2, n) * 2.0 - 1
     x_val, y_val = rng.normal(size=(n, d)), rng.integers(0, 2, n) * 2.0 - 1
-    log_penalty = np.array([-1.0, -0.5, 0.2])
 
-    def inner(w, o, _):
-        margin = jnp.asarray(y) * (jnp.asarray(x) @ w)
-        return jnp.mean(jax.nn.softplus(-margin)) + 0.5 * jnp.sum(jnp.exp(o) * w**2)
+    # Linear in w: the Gauss-Newton matrix is the Hessian.
+    inner = Composite(
+        lambda w, o, _: (jnp.asarray(x) @ w, jnp.exp(o / 2) * w),
+        lambda z, _: jnp.mean(jax.nn.softplus(-jnp.asarray(y) * z[0])) + 0.5 * jnp.sum(z[1] ** 2),
+    )
 
     def outer(w, o, _):
         return jnp.mean(jax.nn.softplus(-jnp.asarray(y_val) * (jnp.asarray(x_val) @ w))) + 0.01 * jnp.sum(o**2)
 
-    w = np.zeros(d)
+    w, penalty = np.zeros(d), np.exp(log_penalty)
     for _ in range(20):
         s = 1 / (1 + np.exp(y * (x @ w)))
-        grad = -x.T @ (y * s) / n + np.exp(log_penalty) * w
-        hess = (x * (s * (1 - s))[:, None]).T @ x / n + np.diag(np.exp(log_penalty))
-        w = w - np.linalg.solve(hess, grad)
-    return Problem(inner, outer), log_penalty, w
+        hessian = (x * (s * (1 - s))[:, None]).T @ x / n + np.diag(penalty)
+        w = w - np.linalg.solve(hessian, -x.T @ (y * s) / n + penalty * w)
+    v = -x_val.T @ (y_val / (1 + np.exp(y_val * (x_val @ w)))) / n
+    solution = np.linalg.solve(hessian, v)
+    exact = 0.02 * log_penalty - penalty * w * solution
+    return Logistic(Problem(inner, outer), log_penalty, w, hessian, solution, exact)
+
+
+class Tanh(NamedTuple):
+    """f = |tanh(X w) - y|^2 / 2n + o/2 |w|^2, g = |w - 1|^2 / 2: not linear in w, its Hessian at w is indefinite."""
+
+    problem: Problem
+    x: np.ndarray
+    y: np.ndarray
+    w: np.ndarray
+    penalty: float = 0.05
+
+    def gauss_newton(self):
+        """J'LJ at w: J = (1 - z^2) X and L = I/n for the prediction z, J = sqrt(o) I and L = I for the penalty."""
+        jacobian = (1 - np.tanh(self.x @ self.w) ** 2)[:, None] * self.x
+        return jacobian.T @ jacobian / len(self.y) + self.penalty * np.eye(len(self.w))
+
+    def hessian(self):
+        z = np.tanh(self.x @ self.w)
+        bend = (z - self.y) * -2 * z * (1 - z**2)
+        return self.gauss_newton() + self.x.T @ (bend[:, None] * self.x) / len(self.y)
+
+
+def tanh_regression(seed=0, n=12, d=5) -> Tanh:
+    rng = np.random.default_rng(seed)
+    x, w = rng.normal(size=(n, d)), rng.normal(size=d)
+    y = -np.sign(x @ w)  # every prediction is on the wrong side, where the loss is curved downwards
+    inner = Composite(
+        lambda w, o, _: (jnp.tanh(jnp.asarray(x) @ w), jnp.sqrt(o) * w),
+        lambda z, _: 0.5 * jnp.mean((z[0] - jnp.asarray(y)) ** 2) + 0.5 * jnp.sum(z[1] ** 2),
+    )
+    return Tanh(Problem(inner, lambda w, o, _: 0.5 * jnp.sum((w - 1) ** 2)), x, y, w)
 
 
 class MixedLinear(NamedTuple):
@@ -174,10 +288,10 @@ def mixed_linear(anchor: float, seed=0, n=24, shape=(4, 2)) -> MixedLinear:
         x = rng.normal(size=(n, shape[0]))
         sets.append((x, x @ (pretrained + 0.5 * rng.normal(size=shape)) + 0.3 * rng.normal(size=(n, shape[1]))))
 
-    def loss(params, batch):
-        x, y = batch
-        return 0.5 * jnp.sum((x @ params["w"] - y) ** 2) / x.shape[0]
-
+    loss = Composite(
+        lambda params, batch: batch[0] @ params["w"],
+        lambda z, batch: 0.5 * jnp.sum((z - batch[1]) ** 2) / z.shape[0],
+    )
     frozen = {"w": jnp.asarray(pretrained)}
     problem = mixup_problem(loss, frozen, mixed=("w",), anchor=anchor)
     return MixedLinear(problem, pretrained, *sets, anchor)
@@ -197,21 +311,27 @@ class Network(NamedTuple):
     params: dict
     partition: Partition
 
-    def loss(self, params, batch):
+    def logits(self, params, batch):
         x = batch["x"].astype(params["first.kernel"].dtype)
         hidden = jnp.tanh(x @ params["first.kernel"] + params["first.bias"][None])
-        logits = jnp.where(self.mask(batch), hidden / 0.8, 0) @ params["second.kernel"]
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["y"]))
+        return jnp.where(self.mask(batch), hidden / 0.8, 0) @ params["second.kernel"]
+
+    def bfloat16_logits(self, params, batch):
+        return self.logits(jax.tree.map(lambda w: w.astype(jnp.bfloat16), params), batch)
 
     def mask(self, batch):
         """Drawn by the batch's key, or given with the batch."""
         return batch["keep"] if "keep" in batch else jax.random.bernoulli(batch["key"], 0.8, (len(batch["x"]), 6))
 
-    def bfloat16_loss(self, params, batch):
-        return self.loss(jax.tree.map(lambda w: w.astype(jnp.bfloat16), params), batch)
+    def cross_entropy(self, logits, batch):
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch["y"]))
+
+    def loss(self, params, batch):
+        return self.cross_entropy(self.logits(params, batch), batch)
 
     def problem(self, frozen, *, compute="float32", anchor=0.1):
-        loss = {"float32": self.loss, "bfloat16": self.bfloat16_loss}[compute]
+        logits = {"float32": self.logits, "bfloat16": self.bfloat16_logits}[compute]
+        loss = Composite(logits, self.cross_entropy)
         return mixup_problem(loss, frozen, mixed=self.partition.mixed, anchor=anchor)
 
     def batches(self, seed, *lead, b=8):

@@ -8,7 +8,7 @@ import pytest
 
 import agwm_jax.core
 
-MODULES = [f"agwm_jax.core.{module.name}" for module in pkgutil.iter_modules(agwm_jax.core.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(agwm_jax.core.__path__, "agwm_jax.core.")]
 
 
 @pytest.mark.parametrize("name", MODULES)
