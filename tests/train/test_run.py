@@ -207,7 +207,7 @@ CONJUGATE_GRADIENT = [
         ["--hypergradient.estimator", "neumann", "--search.anchor", "0.1", "--model.pooling", "mean"],
         ["--hypergradient.estimator", "unrolled", "--search.inner_steps", "2", "--mixup.rank", "full"],
         [*CONJUGATE_GRADIENT, "--search.anchor", "0.1"],
-        ["--hypergradient.estimator", "penalty", "--hypergradient.growth", "1.0"],
+        ["--hypergradient.estimator", "penalty", "--hypergradient.growth", "1.0", "--search.anchor", "0.1"],
         ["--model.dtype", "bfloat16", "--mixup.complement", "factored", "--search.average", "alpha"],
         ["--mixup.frozen", r"embeddings\..*", "--search.outer.gradient_clip", "1.0", "--data.pad_to", "0.5"],
     ],
