@@ -33,6 +33,7 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.functional import functionalize
 from agwm_jax.models.loss import batch_loss
+from agwm_jax.train.loop import compiler_options
 
 SHAPES = {  # layers, width, heads, feed-forward width
     "minilm": (6, 384, 12, 1536),
@@ -49,7 +50,7 @@ class Bench(NamedTuple):
     state: Any
     flops: int
     bytes: int
-    """Temporaries, as the compiler reports them."""
+    """Peak, as the compiler reports it: arguments (weights, optimiser), temporaries, and results that are no update."""
     trace_seconds: float
     compile_seconds: float
     cached_seconds: float
@@ -134,15 +135,19 @@ def build(program: tuple[Any, Any, Any], state) -> Bench:
         began = time.perf_counter()
         lowered = jax.jit(lambda *a: step(*a), donate_argnums=0).lower(state, frozen, data)
         middle = time.perf_counter()
-        return lowered.compile(), middle - began, time.perf_counter() - middle
+        return lowered.compile(compiler_options()), middle - began, time.perf_counter() - middle
 
     first, trace_seconds, compile_seconds = compiled()
     _, traced, loaded = compiled()
+    memory = first.memory_analysis()
     return Bench(
         lambda state: first(state, frozen, data)[0],
         state,
         matmul_flops(step, state, frozen, data),
-        first.memory_analysis().temp_size_in_bytes,
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
         trace_seconds,
         compile_seconds,
         traced + loaded,
@@ -166,7 +171,7 @@ def torch_step(config: BertConfig, *, batch: int, length: int) -> Callable[[], N
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**names, num_labels=2))
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
-    data = {k: torch.from_numpy(np.asarray(v)).long() for k, v in _batch(0, batch, length).items() if k != "weight"}
+    data = {k: torch.from_numpy(np.array(v)).long() for k, v in _batch(0, batch, length).items() if k != "weight"}
 
     def step() -> None:
         optimizer.zero_grad()
@@ -197,10 +202,10 @@ def matmul_rate(dtype: str) -> float:
 
 
 def measure(benches: dict[str, Bench], extra: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every program, one call of each a round; the first two rounds are not kept."""
+    """Seconds of every program, one call of each a round; the first round is not kept."""
     states = {name: bench.state for name, bench in benches.items()}
     seconds: dict[str, list[float]] = {name: [] for name in (*benches, *extra)}
-    for number in range(rounds + 2):
+    for number in range(rounds + 1):
         for name, bench in benches.items():
             began = time.perf_counter()
             states[name] = jax.block_until_ready(bench.run(states[name]))
@@ -209,8 +214,8 @@ def measure(benches: dict[str, Bench], extra: dict[str, Callable[[], None]], rou
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-        print(f"round {number + 1} of {rounds + 2}", end="\r", file=sys.stderr, flush=True)
-    return {name: found[2:] for name, found in seconds.items()}
+        print(f"round {number + 1} of {rounds + 1}", end="\r", file=sys.stderr, flush=True)
+    return {name: found[1:] for name, found in seconds.items()}
 
 
 def rows(benches: dict[str, Bench], seconds: dict[str, list[float]], rate: float) -> list[dict[str, Any]]:
@@ -233,7 +238,7 @@ def rows(benches: dict[str, Bench], seconds: dict[str, list[float]], rate: float
 def markdown(result: dict[str, Any]) -> str:
     """The rows as a table, with the machine."""
     lines = [
-        "| program | s | plain steps (quartiles) | fb | temporary GB (ratio) | utilisation | compile, s | cached, s |",
+        "| program | s | plain steps (quartiles) | fb | peak GB (ratio) | utilisation | compile, s | cached, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["rows"]:
@@ -280,6 +285,7 @@ def main() -> int:
             if not arguments.only or name == "plain step" or any(word in name for word in arguments.only):
                 benches[name] = build(program, state)
                 print(f"compiled {name} in {benches[name].compile_seconds:.1f} s", file=sys.stderr, flush=True)
+    jax.config.update("jax_compilation_cache_dir", None)
     try:
         extra = {"plain step, PyTorch": torch_step(config, **size)} if arguments.torch else {}
     except AgwmError as error:

@@ -34,6 +34,7 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.train.batches import gather
 from agwm_jax.train.evaluate import columns_on_device
+from agwm_jax.train.loop import compiler_options
 
 Rows = list[dict[str, Any]]
 
@@ -221,7 +222,7 @@ def compile_step(setting: Setting, estimator: Hypergradient) -> Program:
     init_estimator = jax.jit(lambda state: state._replace(estimator=recording.init(state.inner, state.outer)))
     arguments = (frozen, jnp.float32(0), init_estimator(setting.start), *setting.batches(0))
     began = time.perf_counter()
-    compiled = jax.jit(step).lower(*arguments).compile()
+    compiled = jax.jit(step).lower(*arguments).compile(compiler_options())
     seconds = time.perf_counter() - began
 
     def plain(frozen, task, alpha, batch):
