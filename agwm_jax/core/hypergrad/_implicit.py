@@ -28,7 +28,8 @@ def implicit(
     ``"finite_difference"``, ``k + 2 2/3 n + 4`` with ``"jvp"``. One last application to the solution gives ``J x`` and
     the residual. With ``curvature="gauss_newton"`` a product costs 4/3 fb, and J stays that of the true loss:
     ``k + 4/3 n + 5 2/3`` with ``"linearize"``. Memory: the activations of a forward and backward pass are kept for the
-    products (``"linearize"``), else those of one product at a time; and the solver's vectors.
+    products (``"linearize"``; of a forward pass for Gauss-Newton), else those of one product at a time; and the
+    solver's vectors.
 
     Args:
         solver: of ``B x = v``, from `agwm_jax.linear_solve`: `neumann` (K terms: n = K - 1), `conjugate_gradient`,
