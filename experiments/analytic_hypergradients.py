@@ -88,7 +88,10 @@ PROBLEMS: dict[str, Callable[[], Analytic]] = {
 
 
 def curves(case: Analytic) -> Iterator[tuple[str, int, float, list[Hypergradient]]]:
-    """``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken."""
+    """``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken.
+
+    The costs are those of the docstrings, to which `tests/core/test_cost.py` holds the programs.
+    """
     implicit, eta = hypergrad.implicit, case.step_size
     yield "first_order", 1, 1, [hypergrad.first_order()]
     yield "finite_difference", 1, 3, [hypergrad.finite_difference(radius=1e-3, step_size=eta)]

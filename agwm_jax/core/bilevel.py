@@ -56,13 +56,13 @@ def bilevel(
         project: applied to the outer variable at the start and after every update.
         rollback: see above.
 
-    Raises:
-        AgwmError: by ``init``, a variable with a leaf that is no float array; by the first trace of ``step``, a loss
-            that is no scalar, an outer loss that does not depend on the inner variable, or trees that do not match.
-
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
         estimator's own diagnostics.
+
+    Raises:
+        AgwmError: by ``init``, a variable with a leaf that is no float array; by the first trace of ``step``, a loss
+            that is no scalar, an outer loss that does not depend on the inner variable, or trees that do not match.
 
     Example:
         The toy of the DARTS paper; descent along the direct term alone ends at (2, 2), not at the optimum (1, 1).

@@ -61,10 +61,10 @@ def losses(problem: Problem, inner, outer, inner_batches: Batch, outer_batch: Ba
         if len(shapes) != 1 or shapes[0].shape != () or not jnp.issubdtype(shapes[0].dtype, jnp.floating):
             got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in shapes) or "nothing"
             raise AgwmError(f"the {name} loss returns {got}: expected a float scalar; take the mean over the batch.")
-        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
-        if name == "outer" and not any(used[: len(jax.tree.leaves(inner))]):
-            raise AgwmError(
-                "the outer loss does not depend on the inner variable, so there is nothing to differentiate through: "
-                "expected outer_loss(inner, outer, batch) to use its first argument; with an outer variable alone, "
-                "use jax.grad."
-            )
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])  # of the outer loss, the last
+    if not any(used[: len(jax.tree.leaves(inner))]):
+        raise AgwmError(
+            "the outer loss does not depend on the inner variable, so there is nothing to differentiate through: "
+            "expected outer_loss(inner, outer, batch) to use its first argument; with an outer variable alone, "
+            "use jax.grad."
+        )

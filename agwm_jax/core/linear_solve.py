@@ -101,7 +101,8 @@ def conjugate_gradient(*, num_steps: int, damping: float = 0.0, warm_start: bool
     """K steps of conjugate gradients on ``(B + damping I) x = b``: K products, with a warm start one more.
 
     The best x of its Krylov space where B is positive definite (Hestenes and Stiefel 1952; as hypergradient: Pedregosa
-    2016, arXiv 1602.02355; Rajeswaran et al. 2019, arXiv 1909.04630), without a step size. On an indefinite B it may
+    2016, arXiv 1602.02355; Rajeswaran et al. 2019, arXiv 1909.04630), without a step size: the choice where the inner
+    problem is solved and the answer shall be accurate. On an indefinite B it may
     diverge, as the residual then says: use damping or ``curvature="gauss_newton"``. It stops moving once the system is
     solved to the last bit, or where its recursion overflows. With damping, info has ``damped_residual``, that of the
     damped system by the recursion. Memory: four vectors.

@@ -87,45 +87,80 @@ def fit(
     programs: dict[Any, Program] = {}
 
     with make_recorder(int(offsets[position.phase]) + position.step) as recorder, _deferred_signals() as interrupted:
+        session = _Session(checkpoints, recorder, interrupted, seconds, chunk_steps, checkpoint_steps)
         if found is not None:
             recorder.say(f"continuing in {method.phases[position.phase].name} after step {position.step}")
         for index, phase in list(enumerate(method.phases))[position.phase :]:
-            first, offset = position.step if index == position.phase else 0, int(offsets[index])
+            first = position.step if index == position.phase else 0
             recorder.begin(phase.name, step=first, num_steps=phase.num_steps)
             if state is None:
                 state = _own(jax.jit(phase.start)(frozen, initial, carry))
             plan = {name: jnp.asarray(rows) for name, rows in phase.plan.items()}
             arguments = (frozen, data, plan, jax.random.fold_in(key, zlib.crc32(phase.name.encode())))
             shared = (phase.step, *((name, rows.shape) for name, rows in plan.items()))
-            step = first
-            while step < phase.num_steps:
+            if first < phase.num_steps:  # else the run was stopped just after the phase's last step
                 if shared not in programs:
                     programs[shared] = _compile(phase, state, *arguments, chunk_steps=chunk_steps)
                     seconds["compile"] += programs[shared].seconds
-                began = time.perf_counter()
-                stop = _next_stop(step, phase.num_steps, chunk_steps, checkpoint_steps)
-                state, infos = _advance(programs[shared], state, arguments, step, stop)
-                recorder.chunk(phase.name, infos, step=step, num_steps=phase.num_steps, offset=offset)
-                _check_finite(phase.name, step, infos, checkpoints.latest)
-                step = stop
-                seconds[phase.name] += time.perf_counter() - began
-                at_checkpoint = step == phase.num_steps or (checkpoint_steps and step % checkpoint_steps == 0)
-                if at_checkpoint or interrupted.is_set():
-                    began = time.perf_counter()
-                    if not _all_finite(state):
-                        raise AgwmError(_diverged(phase.name, "a weight", "not finite", step - 1, checkpoints.latest))
-                    saved = {"state": state, "carry": carry}
-                    checkpoints.save(offset + step, Position(index, step, dict(seconds)), saved)
-                    seconds["checkpoint"] += time.perf_counter() - began
-                if interrupted.is_set():
-                    raise Interrupted(
-                        f"stopped in {phase.name} after step {step} of {phase.num_steps}; the state is saved: "
-                        "run the same command again to continue"
-                    )
+                here = _Here(index, phase, int(offsets[index]), carry)
+                state = _run_phase(session, here, programs[shared], state, arguments, first)
             carry, state = _own(phase.finish(carry, state)), None
         if interrupted.is_set():
             raise Interrupted("stopped after the last step; the state is saved: run the same command again to continue")
         return carry, dict(seconds), recorder.records
+
+
+class _Session(NamedTuple):
+    """What lasts for the run."""
+
+    checkpoints: Checkpoints
+    recorder: Recorder
+    interrupted: threading.Event
+    seconds: dict[str, float]
+    chunk_steps: int
+    checkpoint_steps: int
+
+
+class _Here(NamedTuple):
+    """The phase that runs."""
+
+    number: int
+    phase: Phase
+    offset: int
+    """Global step of its first."""
+    carry: Weights
+
+
+def _run_phase(session: _Session, here: _Here, program: Program, state, arguments, first: int) -> Any:
+    """The steps of a phase from `first` on, chunk by chunk; the state after the last."""
+    phase, step = here.phase, first
+    while step < phase.num_steps:
+        began = time.perf_counter()
+        stop = _next_stop(step, phase.num_steps, session.chunk_steps, session.checkpoint_steps)
+        state, infos = _advance(program, state, arguments, step, stop)
+        session.recorder.chunk(phase.name, infos, step=step, num_steps=phase.num_steps, offset=here.offset)
+        _check_finite(phase.name, step, infos, session.checkpoints.latest)
+        step = stop
+        session.seconds[phase.name] += time.perf_counter() - began
+        at_checkpoint = session.checkpoint_steps and step % session.checkpoint_steps == 0
+        if at_checkpoint or step == phase.num_steps or session.interrupted.is_set():
+            _save(session, here, state, step)
+        if session.interrupted.is_set():
+            raise Interrupted(
+                f"stopped in {phase.name} after step {step} of {phase.num_steps}; the state is saved: "
+                "run the same command again to continue"
+            )
+    return state
+
+
+def _save(session: _Session, here: _Here, state, step: int) -> None:
+    """A checkpoint of a state that is worth one."""
+    began = time.perf_counter()
+    if not _all_finite(state):
+        raise AgwmError(_diverged(here.phase.name, "a weight", "not finite", step - 1, session.checkpoints.latest))
+    position = Position(here.number, step, dict(session.seconds))
+    session.checkpoints.save(here.offset + step, position, {"state": state, "carry": here.carry})
+    session.seconds["checkpoint"] += time.perf_counter() - began
 
 
 def _next_stop(step: int, num_steps: int, chunk_steps: int, checkpoint_steps: int) -> int:

@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 class Hypergradient(NamedTuple):
-    """A pair of pure functions, made by the factories of `agwm_jax.hypergrad`."""
+    """Pure functions, made by the factories of `agwm_jax.hypergrad`."""
 
     init: Callable[[InnerState, Any], Any]
     """``init(inner, outer) -> state``; shares no buffer with its arguments."""

@@ -1,5 +1,8 @@
 """Implicit differentiation: the inner response from a linear system."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,10 +11,13 @@ from agwm_jax.core import curvature as curvatures
 from agwm_jax.core import trees
 from agwm_jax.core.curvature import Curvature, Hvp
 from agwm_jax.core.hypergrad._base import Estimate, Hypergradient
-from agwm_jax.core.inner import InnerState, inner_steps
+from agwm_jax.core.inner import InnerState, Loss, inner_steps
 from agwm_jax.core.linear_solve import LinearSolver
-from agwm_jax.core.types import Problem
+from agwm_jax.core.types import Batch, Problem
 from agwm_jax.errors import AgwmError
+
+Product = Callable[[Any], Any]
+JointProduct = Callable[[Any], tuple[Any, Any]]
 
 
 def implicit(
@@ -56,36 +62,20 @@ def implicit(
         )
 
     def estimate(problem: Problem, tx: optax.GradientTransformation, inner, outer, inner_batches, outer_batch, state):
-        loss = problem.inner_loss
-        inner, losses = inner_steps(loss, tx, inner, outer, inner_batches)
+        inner, losses = inner_steps(problem.inner_loss, tx, inner, outer, inner_batches)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(inner.params, outer, outer_batch)
         w = trees.after(inner.params, v)
-        last = jax.tree.map(lambda x: x[-1], inner_batches)
-        k = len(losses)
 
-        # Beside a Gauss-Newton solve the joint gradient is needed once, at the end: nothing is kept for it meanwhile.
-        joint_hvp = "jvp" if curvature == "gauss_newton" and hvp == "linearize" else hvp
+        def products(batch) -> tuple[Product, JointProduct]:
+            return _products(problem.inner_loss, w, outer, batch, hvp, curvature)
 
-        def joint_product(batch):
-            _, _, saved = curvatures.linearize(loss, w, outer, batch, joint_hvp)
-            return lambda p: curvatures.product(loss, w, outer, batch, saved, p, joint_hvp)
+        def on_batch(i) -> Product:
+            return products(jax.tree.map(lambda x: x[i % len(losses)], inner_batches))[0]
 
-        def matrix(batch, joint):
-            gauss_newton = curvature == "gauss_newton"
-            return curvatures.gauss_newton(loss, w, outer, batch, hvp) if gauss_newton else lambda p: joint(p)[0]
-
-        joint = joint_product(last)
-        fixed = matrix(last, joint)
-
-        def matvec(p, i):
-            if not resample:
-                return fixed(p)
-            batch = jax.tree.map(lambda x: x[i % k], inner_batches)
-            return matrix(batch, joint_product(batch))(p)
-
-        solution = solver.solve(matvec, v, state)
+        matrix, joint = products(jax.tree.map(lambda x: x[-1], inner_batches))
+        solution = solver.solve(lambda p, i: on_batch(i)(p) if resample else matrix(p), v, state)
         bx, jx = joint(solution.x)
-        bx = fixed(solution.x) if curvature == "gauss_newton" else bx
+        bx = bx if curvature == "hessian" else matrix(solution.x)
         v_norm = trees.norm(v)
         # Where the outer loss does not feel the inner variable, v = x = 0 solves the system: residual 0, not 0 / 0.
         residual = trees.norm(optax.tree.sub(bx, v)) / jnp.where(v_norm > 0, v_norm, 1)
@@ -97,3 +87,17 @@ def implicit(
         return solver.init(inner.params)
 
     return Hypergradient(init, estimate)
+
+
+def _products(loss: Loss, w, outer, batch: Batch, hvp: Hvp, curvature: Curvature) -> tuple[Product, JointProduct]:
+    """``p -> B p`` and ``p -> (H p, J p)`` on one batch; where B = H the two share what is computed once."""
+    # Beside a Gauss-Newton solve the joint gradient is needed once, at the end: nothing is kept for it meanwhile.
+    joint_hvp: Hvp = "jvp" if curvature == "gauss_newton" and hvp == "linearize" else hvp
+    _, _, saved = curvatures.linearize(loss, w, outer, batch, joint_hvp)
+
+    def joint(p):
+        return curvatures.product(loss, w, outer, batch, saved, p, joint_hvp)
+
+    if curvature == "gauss_newton":
+        return curvatures.gauss_newton(loss, w, outer, batch, hvp), joint
+    return lambda p: joint(p)[0], joint
