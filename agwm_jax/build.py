@@ -1,6 +1,7 @@
 """From settings to objects: task, model, method, optimisers."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,12 @@ from agwm_jax.core import hypergrad, linear_solve
 from agwm_jax.core.partition import partition
 from agwm_jax.core.types import Params
 from agwm_jax.data.agreement import agreement_task
-from agwm_jax.data.encode import Encoded, EncodingReport, encode_task
+from agwm_jax.data.encode import Encoded, EncodingReport, encode_tasks
 from agwm_jax.data.plan import epoch_plan, search_plan, split_indices
 from agwm_jax.data.tasks import Task, drop_leaked, glue_task, glue_text_columns, hub_task, local_task, low_resource
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods import Method, Weights, agwm, frozen_alpha, vanilla
-from agwm_jax.models.huggingface import Pretrained, load_pretrained
+from agwm_jax.models.huggingface import Pretrained, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.schema import OptimizerConfig
 from agwm_jax.schema.hypergradient import (
@@ -33,7 +34,7 @@ from agwm_jax.schema.hypergradient import (
 
 
 class Built(NamedTuple):
-    """Everything a run needs."""
+    """Everything that the run of one seed needs."""
 
     task: Task
     encoded: dict[str, Encoded]
@@ -47,47 +48,65 @@ class Built(NamedTuple):
 
 def build(config: Config) -> Built:
     """Data, model, method and start of a run."""
-    task = build_task(config)
-    metrics.check(task.metrics, kind=task.kind, num_classes=len(task.label_names))
-    pretrained = build_model(config, task)
-    encoded, encoding = build_encoding(config, task, pretrained)
-    parts = partition(pretrained.params, mixed=config.mixup.mixed, frozen=config.mixup.frozen)
-    method = build_method(config, task, pretrained, parts.mixed, num_examples=len(encoded["train"].labels))
-    key = stream_key(config, "dropout")
-    alpha = method.init_alpha(stream_key(config, "alpha"), parts)
-    return Built(task, encoded, encoding, pretrained, method, parts.frozen, Weights(parts.task, alpha), key)
+    return build_seeds((config,))[0]
+
+
+def build_seeds(configs: Sequence[Config]) -> tuple[Built, ...]:
+    """The same for configs that differ in `run.seed` only; what the seeds share is read and held once."""
+    whole = _read_task(configs[0])
+    tasks = [_draw(whole, config) for config in configs]
+    metrics.check(whole.metrics, kind=whole.kind, num_classes=len(whole.label_names))
+    pretrained = build_model(configs[0], whole)
+    encodings = build_encodings(configs[0], tasks, pretrained)
+    parts = partition(pretrained.params, mixed=configs[0].mixup.mixed, frozen=configs[0].mixup.frozen)
+    found = []
+    for config, task, (encoded, encoding) in zip(configs, tasks, encodings, strict=True):
+        own = with_head(pretrained, seed=stream_seed(config, "head"))
+        head = {path: x for path, x in own.params.items() if x is not pretrained.params[path]}
+        frozen, weights = ({path: head.get(path, x) for path, x in p.items()} for p in (parts.frozen, parts.task))
+        method = build_method(config, task, own, parts.mixed, num_examples=len(encoded["train"].labels))
+        alpha = method.init_alpha(stream_key(config, "alpha"), parts)
+        key = stream_key(config, "dropout")
+        found.append(Built(task, encoded, encoding, own, method, frozen, Weights(weights, alpha), key))
+    return tuple(found)
 
 
 def build_task(config: Config) -> Task:
     """The task with its training draw."""
+    return _draw(_read_task(config), config)
+
+
+def _draw(task: Task, config: Config) -> Task:
+    size = config.task.train_size
+    return task if size is None else low_resource(task, train_size=size, seed=config.run.seed)
+
+
+def _read_task(config: Config) -> Task:
     source = config.task
     if source.source == "agreement":
-        task = agreement_task(
+        return agreement_task(
             seed=source.seed,
             train_size=source.pool_size,
             validation_size=source.validation_size,
             test_size=source.test_size,
         )
-    elif source.source == "glue":
-        task = glue_task(source.name, revision=source.revision)
-    else:
-        columns: dict[str, Any] = {
-            "text_columns": source.text_columns,
-            "label_column": source.label_column,
-            "kind": source.kind,
-            "label_names": source.label_names,
-            "group_column": source.group_column,
-            "metrics": source.metrics,
-            "report_split": source.report_split,
-        }
-        if source.source == "hub":
-            splits = {ours: theirs for ours, theirs in source.splits.model_dump().items() if theirs is not None}
-            task = hub_task(source.path, source.name, revision=source.revision, splits=splits, **columns)
-        else:
-            files = {split: file for split, file in source.files.model_dump().items() if file is not None}
-            task = local_task(files, name=source.name, **columns)
-            task = drop_leaked(task) if source.drop_leaked else task
-    return task if source.train_size is None else low_resource(task, train_size=source.train_size, seed=config.run.seed)
+    if source.source == "glue":
+        return glue_task(source.name, revision=source.revision)
+    columns: dict[str, Any] = {
+        "text_columns": source.text_columns,
+        "label_column": source.label_column,
+        "kind": source.kind,
+        "label_names": source.label_names,
+        "group_column": source.group_column,
+        "metrics": source.metrics,
+        "report_split": source.report_split,
+    }
+    if source.source == "hub":
+        splits = {ours: theirs for ours, theirs in source.splits.model_dump().items() if theirs is not None}
+        return hub_task(source.path, source.name, revision=source.revision, splits=splits, **columns)
+    files = {split: file for split, file in source.files.model_dump().items() if file is not None}
+    task = local_task(files, name=source.name, **columns)
+    return drop_leaked(task) if source.drop_leaked else task
 
 
 def text_and_label_columns(config: Config) -> tuple[tuple[str, ...], str]:
@@ -115,17 +134,17 @@ def build_model(config: Config, task: Task, path: str | None = None) -> Pretrain
     )
 
 
-def build_encoding(
-    config: Config, task: Task, pretrained: Pretrained
-) -> tuple[dict[str, Encoded], dict[str, EncodingReport]]:
-    """All splits of the task as token ids, and what was cut or padded."""
+def build_encodings(
+    config: Config, tasks: Sequence[Task], pretrained: Pretrained
+) -> list[tuple[dict[str, Encoded], dict[str, EncodingReport]]]:
+    """All splits of every draw of the task as token ids, and what was cut or padded."""
     limit = pretrained.config.max_position_embeddings
     if config.data.max_length > limit:
         raise AgwmError(
             f"data.max_length {config.data.max_length} is beyond the position table of {config.model.path} ({limit}): "
             f"set it to {limit} or less."
         )
-    return encode_task(task, pretrained.tokenizer, max_length=config.data.max_length, pad_to=config.data.pad_to)
+    return encode_tasks(tasks, pretrained.tokenizer, max_length=config.data.max_length, pad_to=config.data.pad_to)
 
 
 def build_method(
@@ -187,12 +206,10 @@ def build_hypergradient(config: Config) -> hypergrad.Hypergradient:
     if choice.estimator == "penalty":
         return hypergrad.penalty(weight=choice.weight, growth=choice.growth)
     resample = choice.resample if isinstance(choice, Iteration) else False
-    return hypergrad.implicit(
-        _build_solver(config, choice), hvp=choice.hvp, curvature=choice.curvature, resample=resample
-    )
+    return hypergrad.implicit(_build_solver(choice), hvp=choice.hvp, curvature=choice.curvature, resample=resample)
 
 
-def _build_solver(config: Config, choice: Implicit) -> linear_solve.LinearSolver:
+def _build_solver(choice: Implicit) -> linear_solve.LinearSolver:
     if isinstance(choice, Neumann):
         return linear_solve.neumann(
             num_terms=choice.num_terms, step_size=choice.step_size, power_iterations=choice.power_iterations
@@ -206,7 +223,8 @@ def _build_solver(config: Config, choice: Implicit) -> linear_solve.LinearSolver
             num_steps=choice.num_steps, damping=choice.damping, warm_start=choice.warm_start
         )
     assert isinstance(choice, Nystrom)
-    return linear_solve.nystrom(rank=choice.rank, rho=choice.rho, seed=stream_seed(config, "nystrom"))
+    # One sketch for all seeds: several of them share one program.
+    return linear_solve.nystrom(rank=choice.rank, rho=choice.rho)
 
 
 def build_optimizer(config: OptimizerConfig, *, num_steps: int) -> optax.GradientTransformation:

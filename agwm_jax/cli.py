@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import statistics
 import sys
 import textwrap
 import traceback
@@ -119,12 +120,17 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     from agwm_jax.config import load_config
 
     config = load_config(parsed.config, overrides)
-    from agwm_jax.train.run import train
+    from agwm_jax.train.run import train_seeds
 
-    result = train(config)
-    score = result.get("score")
-    if score is not None:
-        print(f"{result.get('task')}: {result.get('metric')} on {result.get('split')} = {score:.4f}")
+    results = train_seeds(config)
+    what = f"{results[0]['task']}: {results[0]['metric']} on {results[0]['split']}"
+    scores = [result["score"] for result in results]
+    if config.run.seeds is None:
+        print(f"{what} = {scores[0]:.4f}")
+    else:
+        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        each = ", ".join(f"{result['seed']}: {result['score']:.4f}" for result in results)
+        print(f"{what} = {statistics.mean(scores):.4f}{spread} (by seed {each})")
     print(f"run folder: {config.run.output}")
     return OK
 
@@ -171,7 +177,8 @@ def _train_help() -> Iterator[str]:
     yield ""
     yield "Train as the settings say: the config file's, changed by those given here; without either, the defaults."
     yield "A run that was interrupted continues when the same command is given again."
-    yield "Short: --seed (run.seed), --output (run.output), --model (model.path), --method (method.name)."
+    yield "Short: --seed (run.seed), --seeds (run.seeds), --output (run.output), --model (model.path),"
+    yield "--method (method.name)."
     section, shown = "", set()
     for setting in all_settings():
         heading = setting.path.split(".")[0] + (f", with {setting.needs}" if setting.needs else "")

@@ -16,9 +16,16 @@ from agwm_jax.schema import Config as Config
 from agwm_jax.schema import Run, Section
 from agwm_jax.settings import all_settings, faults, got, sections, tag_of
 
-_ALIASES = {"seed": "run.seed", "output": "run.output", "model": "model.path", "method": "method.name"}
-# Of `run` only the seed changes a result; the rest says where it goes and how often it is saved.
-_OUTSIDE_FINGERPRINT = {"run": set(Run.model_fields) - {"seed"}}
+_ALIASES = {
+    "seed": "run.seed",
+    "seeds": "run.seeds",
+    "output": "run.output",
+    "model": "model.path",
+    "method": "method.name",
+}
+# Of `run` only the seed changes a result; the rest says where it goes and how often it is saved. The mesh only says
+# which device computes what.
+_OUTSIDE_FINGERPRINT: Any = {"run": set(Run.model_fields) - {"seed"}, "mesh": True}
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -47,6 +54,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def dump_config(config: Config) -> str:
     """All settings as YAML; loading it gives an equal config."""
     return strict_yaml.dump(config.model_dump(mode="json"))
+
+
+def seed_configs(config: Config) -> tuple[Config, ...]:
+    """The config of every seed, as if it were run alone; `run.seeds` go to folders of their own in `run.output`."""
+    if config.run.seeds is None:
+        return (config,)
+    alone = [
+        {"seed": seed, "seeds": None, "output": os.path.join(config.run.output, f"seed-{seed}")}
+        for seed in config.run.seeds
+    ]
+    return tuple(config.model_copy(update={"run": config.run.model_copy(update=update)}) for update in alone)
 
 
 def config_fingerprint(config: Config) -> str:

@@ -74,8 +74,9 @@ def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is Literal:
         return "one of " + ", ".join(arguments) if len(arguments) > 1 else arguments[0]
     if origin is tuple:
-        items = f" from {', '.join(get_args(arguments[0]))}" if get_origin(arguments[0]) is Literal else " of texts"
-        return f"a list{items}, like [a, b]"
+        if get_origin(arguments[0]) is Literal:
+            return f"a list from {', '.join(get_args(arguments[0]))}, like [a, b]"
+        return "a list of texts, like [a, b]" if arguments[0] is str else "a list of whole numbers, like [0, 1]"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "a section with " + ", ".join(annotation.model_fields)
     signs = {annotated_types.Ge: ">= {0.ge}", annotated_types.Gt: "> {0.gt}", annotated_types.Le: "<= {0.le}"}

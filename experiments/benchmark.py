@@ -35,7 +35,7 @@ from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.functional import functionalize
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.schema import MIXED_KERNELS
-from agwm_jax.train.loop import compiler_options
+from agwm_jax.train.lanes import compiler_options
 
 SHAPES = {  # layers, width, heads, feed-forward width
     "minilm": (6, 384, 12, 1536),

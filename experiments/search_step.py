@@ -17,7 +17,7 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.train.batches import gather
 from agwm_jax.train.evaluate import columns_on_device
-from agwm_jax.train.loop import compiler_options
+from agwm_jax.train.lanes import compiler_options
 
 
 class Setting(NamedTuple):

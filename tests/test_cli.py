@@ -15,6 +15,8 @@ import pytest
 from agwm_jax.cli import main
 from agwm_jax.errors import AgwmError
 
+RESULT = {"task": "cola", "metric": "matthews", "split": "validation", "score": 0.25, "seed": 1}
+
 
 @pytest.fixture
 def library(monkeypatch):
@@ -36,7 +38,7 @@ def library(monkeypatch):
             setattr(stand_in, name, function(name))
         monkeypatch.setitem(sys.modules, path, stand_in)
 
-    module("agwm_jax.train.run", "train")
+    module("agwm_jax.train.run", "train_seeds")
     module("agwm_jax.train.evaluate", "evaluate_run", "predict_run", "export_run")
     module("agwm_jax.report", "write_report")
     return types.SimpleNamespace(calls=calls, answer=answer)
@@ -48,21 +50,30 @@ def agwm(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def test_train_gets_the_config_with_its_overrides(library, capsys, tmp_path):
-    library.answer["train"] = {"task": "cola", "metric": "matthews", "split": "validation", "score": 0.25}
+    library.answer["train_seeds"] = [RESULT]
     path = tmp_path / "c.yaml"
     path.write_text("run: {seed: 1}")
     assert main(["train", "--config", str(path), "--search.num_splits", "5", "--output", str(tmp_path / "run")]) == 0
     ((name, config),) = library.calls
-    assert (name, config.run.seed, config.search.num_splits) == ("train", 1, 5)
+    assert (name, config.run.seed, config.search.num_splits) == ("train_seeds", 1, 5)
     printed = capsys.readouterr().out
     assert "matthews on validation = 0.2500" in printed
     assert str(tmp_path / "run") in printed
 
 
 def test_train_without_a_config_takes_the_defaults(library):
-    library.answer["train"] = {}
+    library.answer["train_seeds"] = [RESULT]
     assert main(["train", "--seed", "3"]) == 0
     assert library.calls[0][1].run.seed == 3
+
+
+def test_several_seeds_are_summed_up(library, capsys):
+    library.answer["train_seeds"] = [RESULT, {**RESULT, "seed": 4, "score": 0.35}]
+    assert main(["train", "--seeds", "[1, 4]"]) == 0
+    assert library.calls[0][1].run.seeds == (1, 4)
+    assert "matthews on validation = 0.3000 ± 0.0707 (by seed 1: 0.2500, 4: 0.3500)" in capsys.readouterr().out
+    assert main(["train", "--seeds", "[1, 1]"]) == 2
+    assert "run.seeds: got [1, 1]; a seed may occur once" in capsys.readouterr().err
 
 
 def test_a_negative_value_is_a_value(library, capsys):
@@ -138,7 +149,7 @@ def chained(outer: Exception, inner: Exception) -> Exception:
     ],
 )
 def test_what_goes_wrong_is_one_line_and_an_exit_code(library, capsys, error, code, expected):
-    library.answer["train"] = error
+    library.answer["train_seeds"] = error
     assert main(["train"]) == code
     printed = capsys.readouterr().err
     assert expected in printed
@@ -147,7 +158,7 @@ def test_what_goes_wrong_is_one_line_and_an_exit_code(library, capsys, error, co
 
 @pytest.mark.parametrize("place", [0, 1, 3])
 def test_debug_shows_the_traceback_wherever_it_stands(library, capsys, place):
-    library.answer["train"] = AgwmError("the file is empty")
+    library.answer["train_seeds"] = AgwmError("the file is empty")
     arguments = ["train", "--seed", "1"]
     arguments.insert(place, "--debug")
     assert main(arguments) == 2
@@ -213,8 +224,8 @@ def test_ctrl_c_in_a_real_process_ends_with_130():
     program = (
         "import sys, types, time\n"
         "from agwm_jax.cli import main\n"
-        "def train(config):\n    print('started', flush=True); time.sleep(60)\n"
-        "sys.modules['agwm_jax.train.run'] = types.SimpleNamespace(train=train)\n"
+        "def train_seeds(config):\n    print('started', flush=True); time.sleep(60)\n"
+        "sys.modules['agwm_jax.train.run'] = types.SimpleNamespace(train_seeds=train_seeds)\n"
         "sys.exit(main(['train']))"
     )
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """From texts to padded arrays of token ids, all examples of a split at one length."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -123,24 +123,51 @@ def encode_task(
     Raises:
       AgwmError: see `encode`.
     """
-    options: Mapping[str, Any] = {"max_length": max_length, "kind": task.kind}
-    done = {"train": encode(task.splits["train"], tokenizer, pad_to=pad_to, **options)}
-    others = {name: encode(split, tokenizer, **options) for name, split in task.splits.items() if name != "train"}
-    common = max((report.length for _, report in others.values()), default=0)
-    for name, (encoded, report) in others.items():
-        done[name] = (
-            _widen(encoded, common, tokenizer.pad_token_id),
-            report._replace(
-                length=common, padding=float(1 - encoded.attention_mask.sum() / (report.examples * common))
-            ),
-        )
-    return {name: encoded for name, (encoded, _) in done.items()}, {name: report for name, (_, report) in done.items()}
+    return encode_tasks([task], tokenizer, max_length=max_length, pad_to=pad_to)[0]
 
 
-def _widen(encoded: Encoded, length: int, pad_token_id: int) -> Encoded:
-    width = ((0, 0), (0, length - encoded.input_ids.shape[1]))
+def encode_tasks(
+    tasks: Sequence[Task], tokenizer: Any, *, max_length: int = 128, pad_to: str | float = "longest"
+) -> list[tuple[dict[str, Encoded], dict[str, EncodingReport]]]:
+    """`encode_task` of several draws of one task, all at the lengths of the longest: then one program serves them all.
+
+    A split that several draws share is tokenised once.
+
+    Raises:
+      AgwmError: see `encode`.
+    """
+    options: dict[str, Any] = {"max_length": max_length, "kind": tasks[0].kind}
+    done: dict[int, tuple[Encoded, EncodingReport]] = {}
+    for task in tasks:
+        for name, split in task.splits.items():
+            if id(split) not in done:
+                length = {"pad_to": pad_to if name == "train" else "longest"}
+                done[id(split)] = encode(split, tokenizer, **(options | length))
+
+    def longest(train: bool) -> int:
+        chosen = (split for task in tasks for name, split in task.splits.items() if (name == "train") == train)
+        return max((done[id(split)][1].length for split in chosen), default=0)
+
+    lengths = {True: longest(True), False: longest(False)}
+    wide = {
+        (id(split), name == "train"): _widen(*done[id(split)], lengths[name == "train"], tokenizer.pad_token_id)
+        for task in tasks
+        for name, split in task.splits.items()
+    }
+    found = [{name: wide[id(split), name == "train"] for name, split in task.splits.items()} for task in tasks]
+    return [
+        ({name: pair[0] for name, pair in splits.items()}, {name: pair[1] for name, pair in splits.items()})
+        for splits in found
+    ]
+
+
+def _widen(encoded: Encoded, report: EncodingReport, length: int, pad_token_id: int) -> tuple[Encoded, EncodingReport]:
+    if length == report.length:
+        return encoded, report
+    width = ((0, 0), (0, length - report.length))
+    padding = float(1 - encoded.attention_mask.sum() / (report.examples * length))
     return encoded._replace(
         input_ids=np.pad(encoded.input_ids, width, constant_values=pad_token_id),
         token_type_ids=np.pad(encoded.token_type_ids, width),
         attention_mask=np.pad(encoded.attention_mask, width),
-    )
+    ), report._replace(length=length, padding=padding)

@@ -1,4 +1,4 @@
-"""Fine-tuning methods: each is a list of phases that the one training loop runs."""
+"""Fine-tuning methods: each is a sequence of stages that the one training loop runs."""
 
 from agwm_jax.methods.agwm import agwm as agwm
 from agwm_jax.methods.frozen_alpha import frozen_alpha as frozen_alpha

@@ -80,4 +80,4 @@ def agwm(
         for index, plan in enumerate(search_plans)
     )
     finetune = finetune_phase(loss, finetune_plan, tx=finetune_tx, complement=complement)
-    return Method(partial(init_alpha, rank=rank, noise=noise), (*searches, finetune))
+    return Method(partial(init_alpha, rank=rank, noise=noise), (searches, (finetune,)))

@@ -21,6 +21,5 @@ def frozen_alpha(
     complement: Complement = "convex",
 ) -> Method:
     """Fine-tune through a mixture whose gate is drawn once; `rank` and `noise` as `agwm_jax.init_alpha`."""
-    return Method(
-        partial(init_alpha, rank=rank, noise=noise), (finetune_phase(loss, plan, tx=tx, complement=complement),)
-    )
+    finetune = finetune_phase(loss, plan, tx=tx, complement=complement)
+    return Method(partial(init_alpha, rank=rank, noise=noise), ((finetune,),))

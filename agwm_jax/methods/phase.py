@@ -27,9 +27,10 @@ class Weights(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One training run within a method. All functions are pure; the loop compiles, donates, saves and resumes.
+    """One training run within a method. All functions are pure; the loop compiles, maps, donates, saves and resumes.
 
-    Phases that share `step` and the shapes of their plans share one compiled program.
+    Phases that share `step` and the shapes of their plans share one compiled program. The functions see one seed: the
+    loop maps them over all that run at once.
     """
 
     name: str
@@ -49,11 +50,21 @@ class Phase(NamedTuple):
         return len(next(iter(self.plan.values())))
 
 
+Stage = tuple[Phase, ...]
+"""Phases that learn nothing from each other, with one `step` and plans of one shape: they may run side by side, and
+their `finish` is called in order."""
+
+
 class Method(NamedTuple):
-    """A fine-tuning method."""
+    """A fine-tuning method: its stages follow each other."""
 
     init_alpha: Callable[[PRNGKeyArray, Partition], Alpha]
-    phases: tuple[Phase, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Those of all stages, in order."""
+        return tuple(phase for stage in self.stages for phase in stage)
 
 
 def no_alpha(key: Array, partition: Partition) -> Alpha:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Num
 
@@ -136,6 +137,17 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) 
     return jnp.where(bits < kept, x * jnp.asarray(65536 / kept, x.dtype), jnp.zeros((), x.dtype))
 
 
+def _over_data(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Keep the examples cut over the axis `data` of the mesh that is set (`jax.set_mesh`), if one is.
+
+    Where weights are cut over that axis too, the partitioner may otherwise bring the examples of all devices to the
+    parts of the weights, and not the weights, layer by layer, to the examples.
+    """
+    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+
 def _split(key: Key[Array, ""] | None, num: int) -> Key[Array, " num"] | list[None]:
     return [None] * num if key is None else jax.random.split(key, num)
 
@@ -157,7 +169,7 @@ class BertEmbeddings(nnx.Module):
     ) -> Float[Array, "b t d"]:
         positions = self.position(jnp.arange(input_ids.shape[1]))
         x = self.word(input_ids) + self.token_type(token_type_ids) + positions[None]
-        return dropout(self.norm(x), self.rate, key)
+        return _over_data(dropout(self.norm(x), self.rate, key))
 
 
 class BertLayer(nnx.Module):
@@ -195,9 +207,9 @@ class BertLayer(nnx.Module):
         attention_key, output_key, ffn_key = _split(key, 3)
         rate = self.config.hidden_dropout_prob
         attended = self.attention_output(self.attend(x, bias, key=attention_key))
-        x = self.attention_norm(x + dropout(attended, rate, output_key))
+        x = _over_data(self.attention_norm(x + dropout(attended, rate, output_key)))
         inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))
-        return self.output_norm(x + dropout(self.output(inner), rate, ffn_key))
+        return _over_data(self.output_norm(x + dropout(self.output(inner), rate, ffn_key)))
 
 
 class BertEncoder(nnx.Module):

@@ -104,9 +104,7 @@ def load_pretrained(
     params = to_params(tensors, shapes, use_head=pooling == saved_pooling, source=source)
     fresh = HEAD[0] not in params
     if fresh:
-        shape = shapes["classifier.kernel"].shape
-        params["classifier.kernel"] = config.initializer_range * jax.random.normal(jax.random.key(seed), shape)
-        params["classifier.bias"] = jnp.zeros(num_labels)
+        params |= _fresh_head(config, num_labels, seed)
     label_names = None if fresh else _label_names(hf_config, num_labels)
     return Pretrained(
         apply=apply,
@@ -119,6 +117,21 @@ def load_pretrained(
         hf_config=hf_config,
         source=source,
     )
+
+
+def with_head(pretrained: Pretrained, *, seed: int) -> Pretrained:
+    """The same model with the head that `seed` gives; all other weights are shared. A head of the folder stays."""
+    if not pretrained.head_initialised:
+        return pretrained
+    num_labels = pretrained.params["classifier.bias"].shape[0]
+    head = _fresh_head(pretrained.config, num_labels, seed)
+    return pretrained._replace(params=pretrained.params | head)
+
+
+def _fresh_head(config: BertConfig, num_labels: int, seed: int) -> dict[str, Array]:
+    shape = (config.hidden_size, num_labels)
+    kernel = config.initializer_range * jax.random.normal(jax.random.key(seed), shape)
+    return {"classifier.kernel": kernel, "classifier.bias": jnp.zeros(num_labels)}
 
 
 def save_pretrained(

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, WrapValidator, field_validator, model_validator
+from pydantic import Field, Strict, WrapValidator, field_validator, model_validator
 
 from agwm_jax.schema._section import Section as Section
 from agwm_jax.schema._section import one_fault, refuse
@@ -132,8 +132,33 @@ class Finetune(Section):
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="optimiser of the task weights W")
 
 
+class Mesh(Section):
+    """How many devices share the work, and how; the result is the same on every mesh, to rounding."""
+
+    data: Annotated[Annotated[int, Field(ge=1)] | Literal["all"], WrapValidator(one_fault)] = Field(
+        default=1, description="devices that share the examples of a batch; all: those that are left"
+    )
+    model: int = Field(default=1, ge=1, description="devices that share every kernel; divides the attention heads")
+    seed: int = Field(default=1, ge=1, description="devices that share the runs that go side by side")
+    fully_sharded: bool = Field(
+        default=False, description="cut weights and optimiser states over data too (FSDP): less memory, more traffic"
+    )
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Run(Section):
-    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of everything drawn by the run (short: --seed)")
+    seed: Seed = Field(default=0, description="seed of everything drawn by the run (short: --seed)")
+    seeds: Annotated[tuple[Seed, ...], Strict(False), Field(min_length=1)] | None = Field(
+        default=None,
+        description="several runs, one a seed, each in a folder seed-N of output; null: run.seed (short: --seeds)",
+    )
+    vectorize: Literal["auto", "all", "seeds", "splits", "none"] = Field(
+        default="auto",
+        description="what goes side by side in one program: seeds, the searches on different splits, all of both, or "
+        "none; auto: as much as the memory takes",
+    )
     output: str = Field(default="runs/agwm", min_length=1, description="folder of the run (short: --output)")
     chunk_steps: int = Field(default=10, ge=1, description="steps per call of the device: progress and Ctrl-C go by it")
     checkpoint_steps: int = Field(
@@ -150,8 +175,12 @@ class Run(Section):
     export: bool = Field(default=False, description="write the merged Hugging Face folder at the end")
 
     @model_validator(mode="after")
-    def _export_has_weights(self):
-        refuse((self.export and not self.save_weights, "export: needs save_weights true"))
+    def _fits_together(self):
+        seeds = self.seeds or ()
+        refuse(
+            (self.export and not self.save_weights, "export: needs save_weights true"),
+            (len(set(seeds)) < len(seeds), f"seeds: got {list(seeds)}; a seed may occur once"),
+        )
         return self
 
 
@@ -164,6 +193,7 @@ class Config(Section):
     search: Search = Field(default=Search(), description="the bi-level search for alpha")
     hypergradient: Hypergradient = Field(default=Unrolled(), description="alpha's gradient in the search")
     finetune: Finetune = Field(default=Finetune(), description="training with alpha frozen")
+    mesh: Mesh = Field(default=Mesh(), description="the devices, and what each holds")
     run: Run = Field(default=Run(), description="seed, folder, checkpoints")
 
     @model_validator(mode="after")

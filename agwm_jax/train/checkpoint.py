@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from agwm_jax.errors import AgwmError
+from agwm_jax.train import processes
 
 log = logging.getLogger(__name__)
 
@@ -17,10 +18,14 @@ log = logging.getLogger(__name__)
 class Position(NamedTuple):
     """Where a run stands; with the seed it determines the data order and every random number still to come."""
 
-    phase: int
+    round: int
     step: int
     seconds: dict[str, float]
     """Spent so far, by phase."""
+    seeds: list[int]
+    """Of the runs that go side by side."""
+    together: bool
+    """Whether the searches on different splits do."""
 
 
 class Checkpoints:
@@ -51,27 +56,34 @@ class Checkpoints:
                 global_step,
                 args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(content)),
             )
-            self._digests(global_step).write_text(json.dumps(self._digest(global_step)))
+            if processes.is_main():
+                self._digests(global_step).write_text(json.dumps(self._digest(global_step)))
         except Exception as error:  # Orbax and TensorStore raise what they like for a failed write
             raise AgwmError(
                 f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
                 "free disk space or choose another --run.output, then run the same command to continue."
             ) from error
-        for stale in self._folder.glob("*.sha256.json"):
-            if int(stale.name.split(".")[0]) not in self._manager.all_steps():
-                stale.unlink()
+        if processes.is_main():
+            for stale in self._folder.glob("*.sha256.json"):
+                if int(stale.name.split(".")[0]) not in self._manager.all_steps():
+                    stale.unlink()
 
-    def restore(self, template) -> tuple[Position, Any] | None:
+    def restore(self, template, expected: Position) -> tuple[Position, Any] | None:
         """The newest checkpoint that is whole, or None; damaged ones are removed.
 
         Args:
-            template: ``template(position) -> pytree of ShapeDtypeStruct`` as `state` was when saved there.
+            template: ``template(position) -> pytree of ShapeDtypeStruct`` with shardings, as `state` was when saved
+                there; the mesh may be another one.
+            expected: names the seeds, and whether splits go side by side.
 
         Raises:
-            AgwmError: the checkpoint belongs to other data, or is whole but cannot be read; nothing is removed then.
+            AgwmError: the checkpoint belongs to other data, to other seeds or splits, or is whole but cannot be read;
+                nothing is removed then.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            if not self._is_whole(step):
+            # All processes look before one of them removes anything.
+            whole = not processes.any_of(not self._is_whole(step))
+            if not whole:
                 log.warning(
                     "checkpoint %s is damaged: a file differs from what was written. It is removed, falling back to "
                     "the one before, or to the start where there is none.",
@@ -84,7 +96,8 @@ class Checkpoints:
                 content = dict(content["position"])
                 fingerprint = content.pop("fingerprint")
                 position = Position(**content)
-                if fingerprint == self._fingerprint:
+                same_lanes = (position.seeds, position.together) == (expected.seeds, expected.together)
+                if fingerprint == self._fingerprint and same_lanes:
                     args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
                     return position, self._manager.restore(step, args=args)["state"]
             except Exception as error:  # Orbax raises what it likes
@@ -92,6 +105,12 @@ class Checkpoints:
                     f"checkpoint {self._folder / str(step)} is whole but cannot be read ({_first_line(error)}); was it "
                     "written by another version? Continue with that version, or choose another --run.output."
                 ) from error
+            if not same_lanes:
+                raise AgwmError(
+                    f"the checkpoints in {self._folder} are of {_lanes(position)}, this run would train "
+                    f"{_lanes(expected)}; continue with the same run.seeds and run.vectorize, or remove that folder to "
+                    "start anew."
+                )
             raise AgwmError(
                 f"the checkpoints in {self._folder} were made with other training data or another pretrained model: "
                 "one of them changed since; restore it, or choose another --run.output to start anew."
@@ -107,7 +126,8 @@ class Checkpoints:
         """Remove all checkpoints: the run is finished."""
         for step in self._manager.all_steps():
             self._manager.delete(step)
-            self._digests(step).unlink(missing_ok=True)
+            if processes.is_main():
+                self._digests(step).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Release the folder."""
@@ -131,9 +151,14 @@ class Checkpoints:
         return digests
 
 
-def abstract(tree, sharding: jax.sharding.Sharding):
-    """Shapes, dtypes and placement of a pytree: what Orbax needs to restore it."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def abstract(tree, shardings):
+    """Shapes, dtypes and placement of a pytree: what Orbax needs to restore it, on whatever mesh it was saved."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+
+
+def _lanes(position: Position) -> str:
+    seeds = "seed " + str(position.seeds[0]) if len(position.seeds) == 1 else f"seeds {position.seeds} side by side"
+    return seeds + (", all splits at once" if position.together else "")
 
 
 def _first_line(error: Exception) -> str:

@@ -25,35 +25,43 @@ from agwm_jax.data.tasks import Task, read_labelled
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
 from agwm_jax.train.run_folder import load_weights, read_config, read_result, weights_digest
+from agwm_jax.train.sharding import Placement, place
 
-Columns = dict[str, jax.Array]
+
+def text_columns(encoded: Encoded) -> dict[str, np.ndarray]:
+    """The columns of a split by name."""
+    return dict(encoded._asdict())
 
 
-def columns_on_device(encoded: Encoded) -> Columns:
+def columns_on_device(encoded: Encoded) -> dict[str, jax.Array]:
     """The columns of a split as device arrays."""
-    return {
-        "input_ids": jnp.asarray(encoded.input_ids),
-        "token_type_ids": jnp.asarray(encoded.token_type_ids),
-        "attention_mask": jnp.asarray(encoded.attention_mask),
-        "labels": jnp.asarray(encoded.labels),
-    }
+    return {name: jnp.asarray(column) for name, column in text_columns(encoded).items()}
 
 
 def predict_logits(
-    apply: Callable[..., jax.Array], params: Params, encoded: Encoded, *, batch_size: int
+    apply: Callable[..., jax.Array],
+    params: Params,
+    encoded: Encoded,
+    *,
+    batch_size: int,
+    placement: Placement | None = None,
 ) -> Float[np.ndarray, "n c"]:
-    """Logits of every example of a split, without dropout."""
-    columns = {name: column for name, column in encoded._asdict().items() if name != "labels"}
+    """Logits of every example of a split, without dropout; on a mesh, where the weights lie on one."""
+    columns = {name: column for name, column in text_columns(encoded).items() if name != "labels"}
     logits = []
     for rows in evaluation_plan(len(encoded.labels), batch_size=batch_size):
         # Of one shape whatever the split, so that one program serves all splits of one length.
-        logits.append(_batch_logits(apply, params, {name: x[np.maximum(rows, 0)] for name, x in columns.items()}))
+        batch = {name: x[np.maximum(rows, 0)] for name, x in columns.items()}
+        if placement is not None:
+            batch = place(batch, jax.tree.map(lambda x: placement.of_batch(x.shape), batch))
+        logits.append(_batch_logits(apply, placement and placement.replicated, params, batch))
     return np.concatenate([np.asarray(x) for x in logits])[: len(encoded.labels)]
 
 
-@partial(jax.jit, static_argnums=0)
-def _batch_logits(apply: Callable[..., jax.Array], params: Params, batch: Batch) -> jax.Array:
-    return apply(params, batch)
+@partial(jax.jit, static_argnums=(0, 1))
+def _batch_logits(apply: Callable[..., jax.Array], where, params: Params, batch: Batch) -> jax.Array:
+    logits = apply(params, batch)
+    return logits if where is None else jax.lax.with_sharding_constraint(logits, where)
 
 
 def scores(task: Task, name: str, logits: np.ndarray) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -5,236 +5,221 @@ import math
 import signal
 import threading
 import time
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
 
-from agwm_jax.core.types import Params
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.phase import Method, Phase, Weights
-from agwm_jax.train.batches import gather
+from agwm_jax.methods.phase import Weights
+from agwm_jax.train import processes
 from agwm_jax.train.checkpoint import Checkpoints, Position, abstract
-from agwm_jax.train.recorder import Recorder
+from agwm_jax.train.lanes import Lanes, Member, Program, on_devices, rounds
+from agwm_jax.train.recorder import Recorders
+from agwm_jax.train.sharding import Placement
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or a termination signal; the state was saved first."""
 
 
-class Program(NamedTuple):
-    """A phase's compiled functions and what compiling cost."""
+class Layout(NamedTuple):
+    """How the runs of a group lie on the devices, and which go side by side."""
 
-    advance: Callable[..., tuple[Any, dict[str, jax.Array]]]
-    monitor: Callable[[Any], dict[str, jax.Array]]
-    seconds: float
+    placement: Placement
+    together: bool = False
+    """The searches on different splits at once, not one after the other."""
+
+
+class Outcome(NamedTuple):
+    """What a group of runs learnt."""
+
+    weights: list[Weights | None]
+    """One a member, on the devices; None for one that diverged."""
+    diverged: dict[int, str]
+    """What happened to each member that diverged while others went on."""
+    seconds: dict[str, float]
+    """By phase, and under "compile" and "checkpoint"; of all members together."""
 
 
 def fit(
-    method: Method,
+    members: Sequence[Member],
     *,
-    frozen: Params,
-    initial: Weights,
-    data: dict[str, jax.Array],
-    key: PRNGKeyArray,
+    layout: Layout,
     checkpoints: Checkpoints,
-    make_recorder: Callable[[int], Recorder],
+    recorders: Recorders,
     chunk_steps: int,
     checkpoint_steps: int,
-) -> tuple[Weights, dict[str, float], list[dict[str, Any]]]:
-    """Run all phases of a method, from the newest checkpoint if there is one.
+) -> Outcome:
+    """Run all phases of a method for one seed or several at once, from the newest checkpoint if there is one.
 
-    The training set lies on the device and a chunk of steps is one call of a compiled loop over index batches: nothing
-    goes to the host in between. Every random number follows from `key`, the phase's name and the step, so a run that
-    was killed and continued ends with the same bits.
+    The training set lies on the devices and a chunk of steps is one call of a compiled loop over index batches: nothing
+    goes to the host in between. Every random number follows from a member's key, the phase's name and the step, so a
+    run that was killed and continued ends with the same bits, and a seed learns what it would alone, to rounding.
 
     Args:
-        method: what to run.
-        frozen: pretrained weights W0, and weights that are never trained.
-        initial: the pretrained start.
-        data: columns of the training set, on the device.
-        key: PRNG key of the run.
+        members: one a seed, their methods alike but for the plans.
+        layout: mesh of devices, and what goes side by side.
         checkpoints: where to save and resume.
-        make_recorder: given the global step that the run starts at.
-        chunk_steps: steps a call of the device.
+        recorders: what the run tells, one a member.
+        chunk_steps: steps a call of the devices.
         checkpoint_steps: steps between checkpoints; 0 for the ends of phases only.
 
-    Returns:
-        The learnt weights; seconds by phase, and under "compile"; the records of metrics.jsonl.
-
     Raises:
-        AgwmError: the loss is no longer finite.
+        AgwmError: no loss is finite any longer, or the checkpoint is one of other seeds.
         Interrupted: after saving, on SIGINT or SIGTERM.
     """
-    device = next(iter(frozen.values())).sharding
+    with jax.set_mesh(layout.placement.mesh), recorders, _deferred_signals() as interrupted:
+        return _Fit(members, layout, checkpoints, recorders, interrupted, chunk_steps, checkpoint_steps).run()
 
-    def template(position: Position):
-        shape = jax.eval_shape(method.phases[position.phase].start, frozen, initial, initial)
-        return abstract({"state": shape, "carry": initial}, device)
 
-    found = checkpoints.restore(template)
-    if found is None:
-        position, carry, state = Position(0, 0, {}), initial, None
-    else:
-        position, (carry, state) = found[0], (found[1]["carry"], found[1]["state"])
-    offsets = np.cumsum([0, *(phase.num_steps for phase in method.phases)])
-    seconds = defaultdict(float, position.seconds)
-    programs: dict[Any, Program] = {}
+class _Fit:
+    """A group of runs in progress."""
 
-    with make_recorder(int(offsets[position.phase]) + position.step) as recorder, _deferred_signals() as interrupted:
-        session = _Session(checkpoints, recorder, interrupted, seconds, chunk_steps, checkpoint_steps)
+    def __init__(
+        self,
+        members: Sequence[Member],
+        layout: Layout,
+        checkpoints: Checkpoints,
+        recorders: Recorders,
+        interrupted: threading.Event,
+        chunk_steps: int,
+        checkpoint_steps: int,
+    ):
+        self.group = on_devices(members, layout.placement)
+        self.layout, self.checkpoints, self.recorders, self.interrupted = layout, checkpoints, recorders, interrupted
+        self.chunk_steps, self.checkpoint_steps = chunk_steps, checkpoint_steps
+        self.rounds = rounds(members[0].method, together=layout.together)
+        self.offsets = np.cumsum([0, *(phase.num_steps for phase in members[0].method.phases)]).tolist()
+        self.start = Position(0, 0, {}, [member.seed for member in members], layout.together)
+        self.programs: dict[Any, Program] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    def run(self) -> Outcome:
+        found = self.checkpoints.restore(self._template, self.start)
+        position, saved = (self.start, {}) if found is None else found
+        carry, state = saved.get("carry"), saved.get("state")
+        self.seconds.update(position.seconds)
+        self.recorders.open(lambda phase, step: self._lies_before(position, phase, step))
         if found is not None:
-            recorder.say(f"continuing in {method.phases[position.phase].name} after step {position.step}")
-        for index, phase in list(enumerate(method.phases))[position.phase :]:
-            first = position.step if index == position.phase else 0
-            recorder.begin(phase.name, step=first, num_steps=phase.num_steps)
-            if state is None:
-                state = _own(jax.jit(phase.start)(frozen, initial, carry))
-            plan = {name: jnp.asarray(rows) for name, rows in phase.plan.items()}
-            arguments = (frozen, data, plan, jax.random.fold_in(key, zlib.crc32(phase.name.encode())))
-            shared = (phase.step, *((name, rows.shape) for name, rows in plan.items()))
-            if first < phase.num_steps:  # else the run was stopped just after the phase's last step
-                if shared not in programs:
-                    programs[shared] = _compile(phase, state, *arguments, chunk_steps=chunk_steps)
-                    seconds["compile"] += programs[shared].seconds
-                here = _Here(index, phase, int(offsets[index]), carry)
-                state = _run_phase(session, here, programs[shared], state, arguments, first)
-            carry, state = _own(phase.finish(carry, state)), None
-        if interrupted.is_set():
+            self.recorders.say(f"continuing in {self.rounds[position.round].name} after step {position.step}")
+        for number, round_ in list(enumerate(self.rounds))[position.round :]:
+            first = position.step if number == position.round else 0
+            lanes = Lanes(self.group, round_, carry)
+            state = lanes.start() if state is None else state
+            self.recorders.begin(round_, step=first)
+            if first < round_.num_steps:  # else the run was stopped just after the round's last step
+                state = self._run_round(number, lanes, state, carry, first)
+            carry, state = lanes.finish(state), None
+        if self._stop_is_wanted():
             raise Interrupted("stopped after the last step; the state is saved: run the same command again to continue")
-        return carry, dict(seconds), recorder.records
+        return Outcome(self._by_member(carry), dict(self.recorders.diverged), dict(self.seconds))
 
+    def _run_round(self, number: int, lanes: Lanes, state, carry, first: int) -> Any:
+        """The steps of a round from `first` on, chunk by chunk; the state after the last."""
+        round_, step = lanes.round, first
+        shared = (
+            round_.phases[0].step,
+            len(round_.phases),
+            *((k, np.shape(v)) for k, v in round_.phases[0].plan.items()),
+        )
+        if shared not in self.programs:
+            self.programs[shared] = lanes.compile(state, self.chunk_steps)
+            self.seconds["compile"] += self.programs[shared].seconds
+        while step < round_.num_steps:
+            began = time.perf_counter()
+            stop = _next_stop(step, round_.num_steps, self.chunk_steps, self.checkpoint_steps)
+            state, infos = lanes.advance(self.programs[shared], state, step, stop)
+            self._record(lanes, infos, step)
+            step = stop
+            self.seconds[round_.name] += time.perf_counter() - began
+            stopped = self._stop_is_wanted()
+            at_checkpoint = self.checkpoint_steps and step % self.checkpoint_steps == 0
+            if at_checkpoint or step == round_.num_steps or stopped:
+                self._save(number, step, lanes, state, carry)
+            if stopped:
+                raise Interrupted(
+                    f"stopped in {round_.name} after step {step} of {round_.num_steps}; the state is saved: "
+                    "run the same command again to continue"
+                )
+        return state
 
-class _Session(NamedTuple):
-    """What lasts for the run."""
+    def _record(self, lanes: Lanes, infos: list[list[dict[str, float]]], step: int) -> None:
+        """Hand each lane's infos to its seed; a seed whose numbers are no longer finite is given up."""
+        for lane, lane_infos in enumerate(infos):
+            member, phase, place = lanes.member_and_phase(lane)
+            self.recorders.chunk(member, phase, lane_infos, step=step, offset=self.offsets[place])
+            for i, info in enumerate(lane_infos, start=step):
+                for name in ("loss", "outer_loss", "hypergradient_norm"):
+                    if not math.isfinite(info.get(name, 0.0)):
+                        self._give_up(member, phase.name, name, str(info[name]), i)
+        self.recorders.show(step + len(infos[0]))
 
-    checkpoints: Checkpoints
-    recorder: Recorder
-    interrupted: threading.Event
-    seconds: dict[str, float]
-    chunk_steps: int
-    checkpoint_steps: int
-
-
-class _Here(NamedTuple):
-    """The phase that runs."""
-
-    number: int
-    phase: Phase
-    offset: int
-    """Global step of its first."""
-    carry: Weights
-
-
-def _run_phase(session: _Session, here: _Here, program: Program, state, arguments, first: int) -> Any:
-    """The steps of a phase from `first` on, chunk by chunk; the state after the last."""
-    phase, step = here.phase, first
-    while step < phase.num_steps:
-        began = time.perf_counter()
-        stop = _next_stop(step, phase.num_steps, session.chunk_steps, session.checkpoint_steps)
-        state, infos = _advance(program, state, arguments, step, stop)
-        session.recorder.chunk(phase.name, infos, step=step, num_steps=phase.num_steps, offset=here.offset)
-        _check_finite(phase.name, step, infos, session.checkpoints.latest)
-        step = stop
-        session.seconds[phase.name] += time.perf_counter() - began
-        at_checkpoint = session.checkpoint_steps and step % session.checkpoint_steps == 0
-        if at_checkpoint or step == phase.num_steps or session.interrupted.is_set():
-            _save(session, here, state, step)
-        if session.interrupted.is_set():
-            raise Interrupted(
-                f"stopped in {phase.name} after step {step} of {phase.num_steps}; the state is saved: "
-                "run the same command again to continue"
+    def _give_up(self, member: int, phase: str, what: str, value: str, step: int) -> None:
+        if member in self.recorders.diverged:
+            return
+        latest = self.checkpoints.latest
+        kept = "there is no checkpoint before it"
+        if latest is not None:
+            kept = f"the checkpoint of step {latest} of the run is kept"
+        sentence = (
+            f"{phase}: {what} became {value} at step {step}; {kept}. Lower the learning rate (search.inner, "
+            "search.outer or finetune.optimizer), or the step size of a Neumann series, and start in a new "
+            "--run.output."
+        )
+        self.recorders.give_up(member, sentence)
+        if len(self.recorders.diverged) == len(self.group.members):
+            raise AgwmError(
+                sentence if len(self.group.members) == 1 else f"all seeds diverged, the last so: {sentence}"
             )
-    return state
 
+    def _save(self, number: int, step: int, lanes: Lanes, state, carry) -> None:
+        """A checkpoint of a state that is worth one."""
+        began = time.perf_counter()
+        for lane in np.flatnonzero(~lanes.finite(state)):
+            member, phase, _ = lanes.member_and_phase(int(lane))
+            self._give_up(member, phase.name, "a weight", "not finite", step - 1)
+        position = self.start._replace(round=number, step=step, seconds=dict(self.seconds))
+        content = {"state": state} if carry is None else {"state": state, "carry": carry}
+        total = self.offsets[lanes.round.numbers[0]] + len(lanes.round.phases) * step
+        self.checkpoints.save(total, position, content)
+        self.seconds["checkpoint"] += time.perf_counter() - began
 
-def _save(session: _Session, here: _Here, state, step: int) -> None:
-    """A checkpoint of a state that is worth one."""
-    began = time.perf_counter()
-    if not _all_finite(state):
-        raise AgwmError(_diverged(here.phase.name, "a weight", "not finite", step - 1, session.checkpoints.latest))
-    position = Position(here.number, step, dict(session.seconds))
-    session.checkpoints.save(here.offset + step, position, {"state": state, "carry": here.carry})
-    session.seconds["checkpoint"] += time.perf_counter() - began
+    def _stop_is_wanted(self) -> bool:
+        return processes.any_of(self.interrupted.is_set())
+
+    def _template(self, position: Position):
+        """Shapes and placement of what was saved at a position."""
+        content = {}
+        carry = None
+        if position.round > 0:
+            count, initial = len(self.group.members), self.group.members[0].initial
+            carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), initial)
+            content["carry"] = carry
+        content["state"] = Lanes(self.group, self.rounds[position.round], carry).state_shape
+        return abstract(content, self.layout.placement.of_tree(content, self.group.weights, lanes=True))
+
+    def _lies_before(self, position: Position, phase: str, step: int) -> bool:
+        for number, round_ in enumerate(self.rounds):
+            if any(one.name == phase for one in round_.phases):
+                return (number, step) < (position.round, position.step)
+        return False
+
+    def _by_member(self, carry) -> list[Weights | None]:
+        def pick(member: int) -> Weights:
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), carry)
+            shardings = self.layout.placement.of_tree(one, self.group.weights)
+            return jax.jit(lambda tree: jax.tree.map(lambda x: x[member], tree), out_shardings=shardings)(carry)
+
+        return [None if i in self.recorders.diverged else pick(i) for i in range(len(self.group.members))]
 
 
 def _next_stop(step: int, num_steps: int, chunk_steps: int, checkpoint_steps: int) -> int:
     """End of the chunk that starts at `step`: at most `chunk_steps` further, at a checkpoint, at the end."""
     stop = min(step + chunk_steps, num_steps)
     return min(stop, (step // checkpoint_steps + 1) * checkpoint_steps) if checkpoint_steps else stop
-
-
-def _advance(program: Program, state, arguments, step: int, stop: int) -> tuple[Any, list[dict[str, float]]]:
-    """Run a chunk; its infos, one a step, with the monitor's diagnostics in the last."""
-    state, columns = program.advance(state, *arguments, step, stop)
-    columns, monitored = jax.device_get((columns, program.monitor(state)))
-    infos = [{name: float(column[i]) for name, column in columns.items()} for i in range(stop - step)]
-    infos[-1].update({name: float(value) for name, value in monitored.items()})
-    return state, infos
-
-
-def compiler_options() -> dict[str, Any]:
-    """What XLA is told for training steps.
-
-    Its CPU backend orders a program such that independent gradients can run at once, and then holds the activations of
-    all of them; in order of memory they are no slower where one gradient fills the cores (CHANGELOG, 0.2.0).
-    """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
-
-
-def _compile(phase: Phase, state, frozen, data, plan, key, *, chunk_steps: int) -> Program:
-    """Compile ``advance(state, frozen, data, plan, key, start, stop) -> (state, infos [chunk_steps])``."""
-
-    def batches(data, plan, key, step):
-        keys = jax.random.split(jax.random.fold_in(key, step), len(plan))
-        return {name: gather(data, plan[name][step], keys[i]) for i, name in enumerate(sorted(plan))}
-
-    def advance(state, frozen, data, plan, key, start, stop):
-        def body(step, loop):
-            state, infos = loop
-            state, info = phase.step(state, frozen, batches(data, plan, key, step))
-            return state, {name: infos[name].at[step - start].set(value) for name, value in info.items()}
-
-        _, info = jax.eval_shape(phase.step, state, frozen, jax.eval_shape(batches, data, plan, key, start))
-        infos = {name: jnp.zeros(chunk_steps, value.dtype) for name, value in info.items()}
-        return jax.lax.fori_loop(start, stop, body, (state, infos))
-
-    began = time.perf_counter()
-    jitted = jax.jit(advance, donate_argnums=0)
-    compiled = jitted.lower(state, frozen, data, plan, key, 0, 1).compile(compiler_options())
-    monitor = jax.jit(phase.monitor).lower(state).compile()
-    return Program(compiled, monitor, time.perf_counter() - began)
-
-
-def _own(tree):
-    """A copy of every array: the training state is donated, and must not share a buffer with anything kept."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-
-
-def _check_finite(phase: str, step: int, infos: list[dict[str, float]], kept: int | None) -> None:
-    for i, info in enumerate(infos, start=step):
-        for name in ("loss", "outer_loss", "hypergradient_norm"):
-            if not math.isfinite(info.get(name, 0.0)):
-                raise AgwmError(_diverged(phase, name, str(info[name]), i, kept))
-
-
-@jax.jit
-def _all_finite(tree) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
-
-
-def _diverged(phase: str, what: str, value: str, step: int, kept: int | None) -> str:
-    state = "there is no checkpoint before it" if kept is None else f"the checkpoint of step {kept} of the run is kept"
-    return (
-        f"{phase}: {what} became {value} at step {step}; {state}. Lower the learning rate (search.inner, search.outer "
-        "or finetune.optimizer), or the step size of a Neumann series, and start in a new --run.output."
-    )
 
 
 @contextlib.contextmanager

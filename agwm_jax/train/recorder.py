@@ -1,9 +1,11 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard events and the progress bars."""
 
+import functools
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,96 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from agwm_jax.diagnostics import search_warnings
+from agwm_jax.methods.phase import Phase
+from agwm_jax.train.lanes import Round
 from agwm_jax.train.run_folder import write_text
 
 
 class Recorder:
-    """Writes the records of one run; a context manager.
+    """Writes the records of one seed.
 
     Args:
         folder: the run folder.
-        resume_step: global step to continue from; later records, left by a process that died, are dropped.
+        keep: which records of an earlier process stay, ``keep(phase, step)``; the others are of steps that are taken
+            again.
         tensorboard: write event files too.
-        progress: show bars.
+        say: tells the user.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int, tensorboard: bool, progress: bool):
+    def __init__(
+        self, folder: Path, *, keep: Callable[[str, int], bool], tensorboard: bool, say: Callable[[str], None]
+    ):
         """Open the files of `folder`."""
         path = folder / "metrics.jsonl"
-        self.records: list[dict[str, Any]] = _records_before(path, resume_step)
+        self.records: list[dict[str, Any]] = _records_before(path, keep)
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._file = path.open("a")
-        self._events = _open_events(folder / "tensorboard", resume_step) if tensorboard else None
-        self.console = Console(stderr=True)
+        self._events = _open_events(folder / "tensorboard", len(self.records)) if tensorboard else None
+        self._say = say
+        self._of_phase: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            self._of_phase.setdefault(record["phase"], []).append(record)
+        self._warned: dict[str, set[str]] = defaultdict(set)
+        self._next_look: dict[str, float] = defaultdict(float)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def chunk(self, phase: Phase, infos: Sequence[Mapping[str, float]], *, step: int, offset: int) -> None:
+        """Record steps `step`, `step` + 1, ... of a phase whose first step is the run's `offset`-th."""
+        name, own = phase.name, self._of_phase.setdefault(phase.name, [])
+        for i, info in enumerate(infos, start=step):
+            values = {key: value if math.isfinite(value) else None for key, value in info.items()}
+            record = {"phase": name, "step": i, "num_steps": phase.num_steps, "global_step": offset + i, **values}
+            self.records.append(record)
+            own.append(record)
+            self._file.write(json.dumps(record) + "\n")
+            if self._events is not None:
+                for key, value in info.items():
+                    summary = scalar(f"{name.split('-')[0]}/{key}", value)
+                    self._events.write_event(Event(wall_time=time.time(), step=offset + i, summary=summary))
+        self._file.flush()
+        if self._events is not None:
+            self._events.flush()
+        if name.startswith("search"):
+            self._warn(name, last_chunk=step + len(infos) == phase.num_steps)
+
+    def _warn(self, phase: str, *, last_chunk: bool) -> None:
+        """Name a failure signature the first time that a search shows it."""
+        # Looking costs a pass over the records: at growing distances, so that a long search costs a few passes in all.
+        records, warned = self._of_phase[phase], self._warned[phase]
+        if len(records) < self._next_look[phase] and not last_chunk:
+            return
+        self._next_look[phase] = 1.2 * len(records)
+        for warning in search_warnings(records):
+            if warning.name not in warned:
+                warned.add(warning.name)
+                self._say(f"warning: {warning.message} [{warning.name}]")
+
+
+class Recorders:
+    """What a group of runs tells: a `Recorder` a member, and one display; a context manager.
+
+    Args:
+        folders: run folder of each member.
+        names: how the display calls each member; "" for a run that is alone.
+        tensorboard: write event files too.
+        progress: show bars.
+        active: whether this process is the one that writes and tells; the others only keep count of who diverged.
+    """
+
+    def __init__(
+        self, folders: Sequence[Path], names: Sequence[str], *, tensorboard: bool, progress: bool, active: bool = True
+    ):
+        """Nothing is opened yet."""
+        self.diverged: dict[int, str] = {}
+        """What happened to members that are given up."""
+        self.names, self._folders, self._tensorboard, self._active = names, folders, tensorboard, active
+        self._recorders: list[Recorder] = []
+        self._console = Console(stderr=True, quiet=not active)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -51,12 +122,11 @@ class Recorder:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not progress,
+            console=self._console,
+            disable=not progress or not active,
         )
-        self._bars: dict[str, TaskID] = {}
-        self._phase: list[dict[str, Any]] = []
-        self._warned: set[str] = set()
+        self._bar: TaskID | None = None
+        self._last: dict[tuple[int, str], Mapping[str, float]] = {}
 
     def __enter__(self):
         """Show the bars."""
@@ -66,54 +136,56 @@ class Recorder:
     def __exit__(self, *exception):
         """Close the files, whatever happened."""
         self._progress.stop()
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for recorder in self._recorders:
+            recorder.close()
 
-    def begin(self, phase: str, *, step: int, num_steps: int) -> None:
-        """A phase starts, or continues at `step`."""
-        self._phase = [record for record in self.records if record["phase"] == phase]
-        self._warned = set()
-        self._next_look = 0.0
-        self._bars[phase] = self._progress.add_task(phase, total=num_steps, completed=step, losses="compiling")
+    def open(self, keep: Callable[[str, int], bool]) -> None:
+        """Open the files; see `Recorder`."""
+        if self._active:
+            for folder, name in zip(self._folders, self.names, strict=True):
+                say = functools.partial(self._say_of, name)
+                self._recorders.append(Recorder(folder, keep=keep, tensorboard=self._tensorboard, say=say))
+
+    def records(self, member: int) -> list[dict[str, Any]]:
+        """The records of a member."""
+        return self._recorders[member].records
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def chunk(
-        self, phase: str, infos: Sequence[Mapping[str, float]], *, step: int, num_steps: int, offset: int
-    ) -> None:
-        """Record steps `step`, `step` + 1, ... of a phase whose first step is the run's `offset`-th."""
-        for i, info in enumerate(infos, start=step):
-            values = {name: value if math.isfinite(value) else None for name, value in info.items()}
-            record = {"phase": phase, "step": i, "num_steps": num_steps, "global_step": offset + i, **values}
-            self.records.append(record)
-            self._phase.append(record)
-            self._file.write(json.dumps(record) + "\n")
-            if self._events is not None:
-                for name, value in info.items():
-                    summary = scalar(f"{phase.split('-')[0]}/{name}", value)
-                    self._events.write_event(Event(wall_time=time.time(), step=offset + i, summary=summary))
-        self._file.flush()
-        if self._events is not None:
-            self._events.flush()
-        last = infos[-1]
-        losses = f"loss {last['loss']:.4f}" + (f"  outer {last['outer_loss']:.4f}" if "outer_loss" in last else "")
-        self._progress.update(self._bars[phase], completed=step + len(infos), losses=losses)
-        if phase.startswith("search"):
-            self._warn(last_chunk=step + len(infos) == num_steps)
+    def _say_of(self, name: str, text: str) -> None:
+        self.say(f"{name}: {text}" if name else text)
 
-    def _warn(self, *, last_chunk: bool) -> None:
-        """Name a failure signature the first time that a search shows it."""
-        # Looking costs a pass over the records: at growing distances, so that a long search costs a few passes in all.
-        if len(self._phase) < self._next_look and not last_chunk:
+    def begin(self, round_: Round, *, step: int) -> None:
+        """Phases start, or continue at `step`."""
+        self._last = {}
+        self._bar = self._progress.add_task(round_.name, total=round_.num_steps, completed=step, losses="compiling")
+
+    def chunk(self, member: int, phase: Phase, infos: Sequence[Mapping[str, float]], *, step: int, offset: int) -> None:
+        """See `Recorder.chunk`; what comes after a member was given up is not kept."""
+        if member not in self.diverged:
+            self._last[member, phase.name] = infos[-1]
+            if self._active:
+                self._recorders[member].chunk(phase, infos, step=step, offset=offset)
+
+    def give_up(self, member: int, sentence: str) -> None:
+        """A member diverged; the others go on."""
+        self.diverged[member] = sentence
+        self._last = {key: info for key, info in self._last.items() if key[0] != member}
+        if len(self.diverged) < len(self._folders):
+            self._say_of(self.names[member], f"given up, the others go on: {sentence}")
+
+    def show(self, completed: int) -> None:
+        """Bring the bar up to date: the mean over all that run at once."""
+        if self._bar is None or not self._last:
             return
-        self._next_look = 1.2 * len(self._phase)
-        for warning in search_warnings(self._phase):
-            if warning.name not in self._warned:
-                self._warned.add(warning.name)
-                self.say(f"warning: {warning.message} [{warning.name}]")
+        means = {}
+        for name in ("loss", "outer_loss"):
+            values = [info[name] for info in self._last.values() if name in info]
+            means[name] = f"{sum(values) / len(values):.4f}" if values else ""
+        losses = f"loss {means['loss']}" + (f"  outer {means['outer_loss']}" if means["outer_loss"] else "")
+        self._progress.update(self._bar, completed=completed, losses=losses)
 
 
 def _open_events(folder: Path, resume_step: int) -> EventsWriter:
@@ -124,7 +196,7 @@ def _open_events(folder: Path, resume_step: int) -> EventsWriter:
     return writer
 
 
-def _records_before(path: Path, global_step: int) -> list[dict[str, Any]]:
+def _records_before(path: Path, keep: Callable[[str, int], bool]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
@@ -133,6 +205,6 @@ def _records_before(path: Path, global_step: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line that a killed process was writing
             break
-        if record["global_step"] < global_step:
+        if keep(record["phase"], record["step"]):
             records.append(record)
     return records

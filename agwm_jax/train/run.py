@@ -1,5 +1,7 @@
 """One run from a config to a result: build, fit, score, and write what outlives it."""
 
+import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -8,116 +10,241 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from agwm_jax.build import Built, build
-from agwm_jax.config import Config
+from agwm_jax.build import Built, build_seeds
+from agwm_jax.config import Config, seed_configs
 from agwm_jax.core.mixup import mix
 from agwm_jax.data.tasks import Task
 from agwm_jax.diagnostics import search_warnings
+from agwm_jax.errors import AgwmError
 from agwm_jax.methods.phase import Weights
 from agwm_jax.schema.hypergradient import Implicit, Penalty
-from agwm_jax.train import run_folder
+from agwm_jax.train import processes, run_folder
 from agwm_jax.train.checkpoint import Checkpoints
-from agwm_jax.train.evaluate import columns_on_device, export_run, predict_logits, scores
-from agwm_jax.train.loop import Interrupted, fit
-from agwm_jax.train.recorder import Recorder
+from agwm_jax.train.evaluate import export_run, predict_logits, scores, text_columns
+from agwm_jax.train.lanes import Member
+from agwm_jax.train.loop import Interrupted, Layout, fit
+from agwm_jax.train.memory import build_placement, choose
+from agwm_jax.train.recorder import Recorders
+from agwm_jax.train.sharding import Placement, check_model, gather_to_main, place
 
 _PACKAGES = ("agwm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
-    """Train as `config` says, or continue the same run where it stopped; a finished run is not run again.
+    """`train_seeds` of a config with one seed; its result."""
+    return train_seeds(config, progress=progress)[0]
+
+
+def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Train as `config` says, or continue the same run where it stopped; a finished seed is not run again.
 
     Args:
-        config: the settings; ``config.run.output`` is the run folder.
+        config: the settings; ``config.run.output`` is the run folder, or with ``run.seeds`` the folder of them.
         progress: show progress bars.
 
     Returns:
-        The content of result.json: scores by split and metric, seconds by phase, versions, device, warnings.
+        The content of every seed's result.json: scores by split and metric, seconds by phase, versions, device,
+        warnings.
 
     Raises:
-        AgwmError: bad settings or data, a folder of another run, a loss that is not finite.
+        AgwmError: bad settings or data, a folder of another run, a mesh or a memory that does not fit, a loss that is
+            not finite (the results of other seeds are written all the same).
         Interrupted: Ctrl-C; the state is saved.
     """
-    folder = Path(config.run.output)
-    run_folder.check(folder, config)
+    configs = seed_configs(config)
+    folders = [Path(one.run.output) for one in configs]
+    for folder, one in zip(folders, configs, strict=True):
+        run_folder.check(folder, one)
     try:
-        result = run_folder.read_result(folder) or _train(config, folder, progress=progress)
-        if config.run.export and not (folder / "export").exists():
-            deviation = export_run(folder, folder / "export")
-            if deviation is not None:
-                warnings.warn(f"exported, but transformers will not give the same logits: {deviation}", stacklevel=2)
+        if any(run_folder.read_result(folder) is None for folder in folders):
+            _train(config, configs, progress=progress)
+        results = [run_folder.read_result(folder) or {} for folder in folders]
+        processes.wait_for_all("results")
+        for folder in folders if config.run.export and processes.is_main() else ():
+            if not (folder / "export").exists():
+                deviation = export_run(folder, folder / "export")
+                if deviation is not None:
+                    warnings.warn(
+                        f"exported, but transformers will not give the same logits: {deviation}", stacklevel=2
+                    )
     except Interrupted:
         raise
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; run the same command again to continue in {folder}") from None
-    return result
+        raise Interrupted(f"stopped; run the same command again to continue in {config.run.output}") from None
+    except RuntimeError as error:
+        raise processes.lost(error) or error from error
+    return results
 
 
-def _train(config: Config, folder: Path, *, progress: bool) -> dict[str, Any]:
+def _export(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        deviation = export_run(folder, folder / "export")
+        if deviation is not None:
+            warnings.warn(f"exported, but transformers will not give the same logits: {deviation}", stacklevel=3)
+
+
+def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> None:
+    """Train the seeds that have no result, in as few groups as `run.vectorize` allows."""
     _set_compilation_cache(config.run.compilation_cache)
     _warn_about_identifiability(config)
     began = time.perf_counter()
-    built = build(config)
-    digest = run_folder.weights_digest(built.pretrained.params)
-    prepared = time.perf_counter() - began
+    placement = build_placement(config)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # weights go to the devices once it is known where
+        built = build_seeds(configs)
+    check_model(
+        placement,
+        num_heads=built[0].pretrained.config.num_attention_heads,
+        intermediate_size=built[0].pretrained.config.intermediate_size,
+        batch_size=config.data.batch_size,
+    )
+    seeds = [_Seed(*pair) for pair in zip(configs, built, strict=True) if not _is_finished(pair[0])]
+    side_by_side = choose(config, built[0], placement, num_seeds=len(seeds))
+    prepared = (time.perf_counter() - began) / len(seeds)
+    diverged: dict[int, str] = {}
+    for first in range(0, len(seeds), side_by_side.seeds):
+        group = seeds[first : first + side_by_side.seeds]
+        layout = Layout(placement, side_by_side.splits > 1)
+        diverged |= _train_group(config, group, layout, prepared=prepared, progress=progress)
+    if diverged:
+        listed = "; ".join(f"seed {seed}: {sentence}" for seed, sentence in diverged.items())
+        raise AgwmError(f"{len(diverged)} of {len(configs)} seeds diverged, the results of the others stand. {listed}")
+
+
+class _Seed(NamedTuple):
+    config: Config
+    built: Built
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.output)
+
+
+def _is_finished(config: Config) -> bool:
+    return run_folder.read_result(Path(config.run.output)) is not None
+
+
+def _train_group(
+    config: Config, group: Sequence[_Seed], layout: Layout, *, prepared: float, progress: bool
+) -> dict[int, str]:
+    """Train seeds side by side and write what outlives them; what happened to those that diverged."""
+    digests = [run_folder.weights_digest(seed.built.pretrained.params) for seed in group]
+    folder = group[0].folder if len(group) == 1 else Path(config.run.output)
     # Not before: settings or data that are refused leave no folder behind.
-    with run_folder.claimed(folder, config):
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            keep=config.run.keep_checkpoints,
-            fingerprint=f"{digest} {_data_fingerprint(built)}",
+    with contextlib.ExitStack() as stack:
+        _claim(stack, group)
+        checkpoints = stack.enter_context(
+            contextlib.closing(
+                Checkpoints(
+                    folder / "checkpoints",
+                    keep=config.run.keep_checkpoints,
+                    fingerprint=f"{' '.join(digests)} {_data_fingerprint([seed.built for seed in group])}",
+                )
+            )
         )
-        try:
-            weights, seconds, records = fit(
-                built.method,
-                frozen=built.frozen,
-                initial=built.initial,
-                data=columns_on_device(built.encoded["train"]),
-                key=built.key,
-                checkpoints=checkpoints,
-                make_recorder=lambda step: Recorder(
-                    folder, resume_step=step, tensorboard=config.run.tensorboard, progress=progress
-                ),
-                chunk_steps=config.run.chunk_steps,
-                checkpoint_steps=config.run.checkpoint_steps,
+        recorders = Recorders(
+            [seed.folder for seed in group],
+            [f"seed {seed.config.run.seed}" if len(group) > 1 else "" for seed in group],
+            tensorboard=config.run.tensorboard,
+            progress=progress,
+            active=processes.is_main(),
+        )
+        outcome = fit(
+            [_member(seed) for seed in group],
+            layout=layout,
+            checkpoints=checkpoints,
+            recorders=recorders,
+            chunk_steps=config.run.chunk_steps,
+            checkpoint_steps=config.run.checkpoint_steps,
+        )
+        seconds = {"prepare": prepared, **{name: value / len(group) for name, value in outcome.seconds.items()}}
+        for number, (seed, digest, weights) in enumerate(zip(group, digests, outcome.weights, strict=True)):
+            if weights is not None:
+                _write(seed, digest, weights, layout, seconds, recorders, number)
+        checkpoints.delete()
+    return {group[number].config.run.seed: sentence for number, sentence in outcome.diverged.items()}
+
+
+def _claim(stack: contextlib.ExitStack, group: Sequence[_Seed]) -> None:
+    """Lock every folder of a group; the main process does, and all hear of it where it cannot."""
+    refused = None
+    try:
+        for seed in group if processes.is_main() else ():
+            stack.enter_context(run_folder.claimed(seed.folder, seed.config))
+    except AgwmError as error:
+        refused = error
+    processes.fail_together(refused)
+
+
+def _member(seed: _Seed) -> Member:
+    built = seed.built
+    data = text_columns(built.encoded["train"])
+    return Member(seed.config.run.seed, built.method, built.frozen, built.initial, data, built.key)
+
+
+def _write(
+    seed: _Seed,
+    digest: str,
+    weights: Weights,
+    layout: Layout,
+    seconds: dict[str, float],
+    recorders: Recorders,
+    number: int,
+) -> None:
+    """Score what one seed learnt, and write its weights and, last, its result."""
+    config, built = seed.config, seed.built
+    began = time.perf_counter()
+    logits = _logits(config, built, weights, layout.placement)
+    host = gather_to_main(weights)
+    if not processes.is_main():
+        return
+    seconds = {**seconds, "evaluate": time.perf_counter() - began}
+    run_folder.save_weights(
+        seed.folder,
+        host,
+        complement=config.mixup.complement,
+        rank=config.mixup.rank,
+        pretrained=digest,
+        task=config.run.save_weights,
+    )
+    side_by_side = {"seeds": len(recorders.names), "splits": config.search.num_splits if layout.together else 1}
+    result = _result(config, built, host, logits, seconds, recorders.records(number))
+    run_folder.write_result(seed.folder, {**result, "mesh": layout.placement.describe(), "side_by_side": side_by_side})
+
+
+def _logits(config: Config, built: Built, weights: Weights, placement: Placement) -> dict[str, np.ndarray]:
+    """Of every split but the training split."""
+    shapes = {path: x.shape for path, x in built.pretrained.params.items()}
+    frozen = place(built.frozen, placement.of_tree(built.frozen, shapes))
+    with jax.set_mesh(placement.mesh):
+        params = jax.jit(functools.partial(mix, complement=config.mixup.complement))(frozen, *weights)
+        return {
+            split: predict_logits(
+                built.pretrained.apply, params, encoded, batch_size=config.data.eval_batch_size, placement=placement
             )
-            result = _result(config, built, weights, {"prepare": prepared, **seconds}, records)
-            run_folder.save_weights(
-                folder,
-                weights,
-                complement=config.mixup.complement,
-                rank=config.mixup.rank,
-                pretrained=digest,
-                task=config.run.save_weights,
-            )
-            run_folder.write_result(folder, result)
-            checkpoints.delete()
-        finally:
-            checkpoints.close()
-    return result
+            for split, encoded in built.encoded.items()
+            if split != "train"
+        }
 
 
 def _result(
-    config: Config, built: Built, weights: Weights, seconds: dict[str, float], records: list[dict[str, Any]]
+    config: Config,
+    built: Built,
+    weights: Weights,
+    logits: dict[str, np.ndarray],
+    seconds: dict[str, float],
+    records: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    began = time.perf_counter()
-    params = mix(built.frozen, weights.task, weights.alpha, complement=config.mixup.complement)
     by_split, groups = {}, {}
-    for split in built.task.splits:
-        if split == "train":
-            continue
-        logits = predict_logits(
-            built.pretrained.apply, params, built.encoded[split], batch_size=config.data.eval_batch_size
-        )
-        by_split[split], groups[split] = scores(built.task, split, logits)
-    seconds = {**seconds, "evaluate": time.perf_counter() - began}
-    seconds["total"] = sum(seconds.values())
+    for split, found in logits.items():
+        by_split[split], groups[split] = scores(built.task, split, found)
+    seconds = {**seconds, "total": sum(seconds.values())}
     metric, split = built.task.metrics[0], built.task.report_split
     return {
         "task": built.task.name,
@@ -181,15 +308,16 @@ def _warn_about_identifiability(config: Config) -> None:
         )
 
 
-def _data_fingerprint(built: Built) -> str:
+def _data_fingerprint(built: Sequence[Built]) -> str:
     """What the row numbers of the plans refer to, and the plans."""
     digest = hashlib.sha256()
-    for column in built.encoded["train"]:
-        if isinstance(column, np.ndarray):
-            digest.update(np.ascontiguousarray(column).tobytes())
-    for phase in built.method.phases:
-        for name in sorted(phase.plan):
-            digest.update(np.ascontiguousarray(phase.plan[name]).tobytes())
+    for one in built:
+        for column in one.encoded["train"]:
+            if isinstance(column, np.ndarray):
+                digest.update(np.ascontiguousarray(column).tobytes())
+        for phase in one.method.phases:
+            for name in sorted(phase.plan):
+                digest.update(np.ascontiguousarray(phase.plan[name]).tobytes())
     return digest.hexdigest()
 
 

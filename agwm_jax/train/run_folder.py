@@ -58,7 +58,8 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise AgwmError(
-                f"another process is running {folder}; wait for it or choose another --run.output."
+                f"another process is running {folder}; wait for it or choose another --run.output. Processes that "
+                "belong to one run are started with --coordinator."
             ) from None
         yield
 
@@ -205,7 +206,7 @@ def _load(path: Path) -> tuple[Params, dict[str, str]]:
 
 def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        names = [name for name in {**theirs, **ours} if path or name != "run"]
+        names = [name for name in {**theirs, **ours} if path or name not in ("run", "mesh")]
         found = [_differences(theirs.get(name), ours.get(name), f"{path}.{name}".strip(".")) for name in names]
         if not path:
             found.append(_differences(theirs["run"]["seed"], ours["run"]["seed"], "run.seed"))

@@ -56,6 +56,7 @@ def settings(tiny_checkpoint) -> list[str]:
         "run.checkpoint_steps": 4,
         "run.compilation_cache": "null",
         "run.tensorboard": "false",
+        "run.vectorize": "none",
     }
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 

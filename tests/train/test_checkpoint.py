@@ -22,7 +22,12 @@ def state(value):
 
 def restore(checkpoints):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return checkpoints.restore(lambda position: abstract(state(0.0), sharding))
+    like = state(0.0)
+    return checkpoints.restore(lambda position: abstract(like, jax.tree.map(lambda _: sharding, like)), at(0))
+
+
+def at(step, seeds=(0,), together=False):
+    return Position(0, step, {"finetune": 1.5 * step}, list(seeds), together)
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def folder(tmp_path):
     """Checkpoints of steps 1, 2 and 3, of which the last two are kept."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, fingerprint="data")
     for step in (1, 2, 3):
-        checkpoints.save(step, Position(0, step, {"finetune": 1.5 * step}), state(float(step)))
+        checkpoints.save(step, at(step), state(float(step)))
     checkpoints.close()
     return tmp_path / "checkpoints"
 
@@ -48,7 +53,7 @@ def flip_a_bit(path):
 def test_newest_is_restored_with_structure_and_position(folder):
     checkpoints = Checkpoints(folder, keep=2, fingerprint="data")
     position, restored = restore(checkpoints)
-    assert position == Position(0, 3, {"finetune": 4.5})
+    assert position == at(3)
     assert jax.tree.structure(restored) == jax.tree.structure(state(3.0))
     assert bool((restored["task"]["a.kernel"] == 3.0).all())
     assert sorted(path.name for path in folder.glob("[0-9]*")) == ["2", "2.sha256.json", "3", "3.sha256.json"]
@@ -82,6 +87,17 @@ def test_other_data_is_refused_and_nothing_is_deleted(folder):
     assert (folder / "3").exists()
 
 
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [(at(0, seeds=(0, 1)), "would train seeds [0, 1] side by side"), (at(0, together=True), "all splits at once")],
+)
+def test_other_seeds_or_splits_are_refused_and_nothing_is_deleted(folder, expected, words):
+    with pytest.raises(AgwmError, match=r"are of seed 0, this run .*; continue with the same run\.seeds") as raised:
+        Checkpoints(folder, keep=2, fingerprint="data").restore(lambda position: None, expected)
+    assert words in str(raised.value)
+    assert (folder / "3").exists()
+
+
 def test_a_write_that_fails_keeps_what_is_there(folder):
     checkpoints = Checkpoints(folder, keep=2, fingerprint="data")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -89,7 +105,7 @@ def test_a_write_that_fails_keeps_what_is_there(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a full disk does, without one
     try:
         with pytest.raises(AgwmError, match=r"could not write a checkpoint.*earlier checkpoints are kept"):
-            checkpoints.save(4, Position(0, 4, {}), large)
+            checkpoints.save(4, at(4), large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert restore(Checkpoints(folder, keep=2, fingerprint="data"))[0].step == 3

@@ -1,0 +1,124 @@
+"""Several processes as one run: who writes, what all agree on, and how the death of one ends the others."""
+
+import os
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from agwm_jax.errors import AgwmError
+
+_HEARTBEAT_SECONDS = 60  # after so long without a sign of life a process is given up
+_MESSAGE_BYTES = 2000
+
+
+class Launch(NamedTuple):
+    """How this process finds the others."""
+
+    coordinator: str
+    """``host:port`` of process 0, or ``auto``: as SLURM, Open MPI, Kubernetes or a TPU pod say."""
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def connect(launch: Launch) -> None:
+    """Join the processes of a run; call it before anything else asks JAX for a device.
+
+    Raises:
+        AgwmError: bad numbers, a cluster that was not recognised, or processes that did not come in time.
+    """
+    given = (launch.num_processes, launch.process_id)
+    if launch.coordinator == "auto":
+        address = None
+        if given != (None, None):
+            raise AgwmError("--coordinator auto takes the number of processes from the cluster: leave out the rest.")
+    else:
+        address = launch.coordinator
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise AgwmError(f"--coordinator {address}: expected host:port of process 0, such as node0:1234, or auto.")
+        if launch.num_processes is None or launch.process_id is None:
+            raise AgwmError(
+                f"--coordinator {address} needs --num-processes N and --process-id I (0 to N - 1; 0 runs on that host)."
+            )
+        if not 0 <= launch.process_id < launch.num_processes:
+            raise AgwmError(
+                f"--process-id {launch.process_id} is outside 0 to {launch.num_processes - 1}, the numbers of "
+                f"--num-processes {launch.num_processes}."
+            )
+    try:
+        jax.distributed.initialize(
+            address, launch.num_processes, launch.process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        what = "no cluster was recognised" if address is None else f"{address} was not reached"
+        raise AgwmError(
+            f"--coordinator {launch.coordinator}: {what} ({_first_line(error)}); check that all processes were "
+            "started, with one address and one number of processes, and that the port is free."
+        ) from error
+
+
+def several() -> bool:
+    """Whether this run has more than one process."""
+    return jax.process_count() > 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes reports and exports."""
+    return jax.process_index() == 0
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so; all must ask."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+
+
+def wait_for_all(what: str) -> None:
+    """Go on when every process has come here."""
+    if several():
+        multihost_utils.sync_global_devices(what)
+
+
+def fail_together(error: AgwmError | None) -> None:
+    """Raise, in every process, what went wrong in the main one; all must call it.
+
+    Raises:
+        AgwmError: the main process's.
+    """
+    if not several():
+        if error is not None:
+            raise error
+        return
+    text = np.zeros(_MESSAGE_BYTES, np.uint8)
+    encoded = str(error or "").encode()[:_MESSAGE_BYTES]
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode(errors="ignore")
+    if told:
+        raise AgwmError(told)
+
+
+def lost(error: BaseException) -> AgwmError | None:
+    """The sentence for an error that a peer's death caused, or None for any other."""
+    signs = ("gloo", "connection closed", "connection reset", "coordination", "heartbeat", "nccl", "peer", "barrier")
+    text = str(error).lower()
+    if not several() or not isinstance(error, RuntimeError) or not any(sign in text for sign in signs):
+        return None
+    return AgwmError(
+        f"process {jax.process_index()} of {jax.process_count()}: another process of this run died or cannot be "
+        f"reached ({_first_line(error)}); start the same command on all processes again, it continues at the last "
+        "checkpoint."
+    )
+
+
+def leave(code: int) -> None:
+    """End this process at once where others may wait for it: an orderly exit would wait for them."""
+    if code and jax.distributed.is_initialized() and several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
