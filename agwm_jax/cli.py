@@ -14,6 +14,8 @@ from typing import Any
 
 from agwm_jax.errors import AgwmError
 
+_TRAIN_USAGE = "agwm train [--config FILE] [--nested.setting VALUE ...] [--coordinator ADDRESS] [--debug]"
+
 OK, UNEXPECTED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 _DISK_FAULTS = {
@@ -32,6 +34,15 @@ _DISK_FAULTS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (default: what was typed) and return its exit code: 0 done, 1 a bug, 2 a mistake, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    code = _guarded(arguments)
+    processes = sys.modules.get("agwm_jax.train.processes")
+    if code in (UNEXPECTED, MISTAKE) and processes is not None:
+        processes.leave(code)  # one of several processes: the others may wait for it
+    return code
+
+
+def _guarded(arguments: list[str]) -> int:
+    """Run one command; whatever goes wrong becomes one sentence."""
     debug = "--debug" in arguments
     try:
         with warnings.catch_warnings():
@@ -83,11 +94,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train = group.add_parser(
         "train",
         help="train as a config says, or continue the same run",
-        usage="agwm train [--config FILE] [--nested.setting VALUE ...] [--debug]",
+        usage=_TRAIN_USAGE,
         add_help=False,
         **options,
     )
     train.add_argument("--config", type=Path)
+    train.add_argument("--coordinator")
+    train.add_argument("--num-processes", type=int)
+    train.add_argument("--process-id", type=int)
     train.add_argument("-h", "--help", action="store_true")
 
     evaluate = group.add_parser("eval", help="score a finished run", **options)
@@ -120,9 +134,12 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     from agwm_jax.config import load_config
 
     config = load_config(parsed.config, overrides)
+    _connect(parsed)
     from agwm_jax.train.run import train_seeds
 
     results = train_seeds(config)
+    if parsed.process_id:  # the main process speaks for all
+        return OK
     what = f"{results[0]['task']}: {results[0]['metric']} on {results[0]['split']}"
     scores = [result["score"] for result in results]
     if config.run.seeds is None:
@@ -133,6 +150,19 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{what} = {statistics.mean(scores):.4f}{spread} (by seed {each})")
     print(f"run folder: {config.run.output}")
     return OK
+
+
+def _connect(parsed: argparse.Namespace) -> None:
+    """Join the other processes of the run, where it has any; before anything asks for a device."""
+    if parsed.coordinator is None:
+        if parsed.num_processes is not None or parsed.process_id is not None:
+            raise AgwmError("--num-processes and --process-id need --coordinator HOST:PORT, the address of process 0")
+        if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+            return
+    from agwm_jax.train import processes
+
+    address = parsed.coordinator or os.environ["JAX_COORDINATOR_ADDRESS"]
+    processes.connect(processes.Launch(address, parsed.num_processes, parsed.process_id))
 
 
 def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
@@ -173,12 +203,17 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> int:
 def _train_help() -> Iterator[str]:
     from agwm_jax.settings import all_settings
 
-    yield "usage: agwm train [--config FILE] [--nested.setting VALUE ...] [--debug]"
+    yield f"usage: {_TRAIN_USAGE}"
     yield ""
     yield "Train as the settings say: the config file's, changed by those given here; without either, the defaults."
     yield "A run that was interrupted continues when the same command is given again."
     yield "Short: --seed (run.seed), --seeds (run.seeds), --output (run.output), --model (model.path),"
     yield "--method (method.name)."
+    yield ""
+    yield "Several processes, as on several hosts, are one run when each gets the same command and --coordinator:"
+    yield "  --coordinator auto: as SLURM (srun agwm train ... --coordinator auto), Open MPI or a TPU pod says"
+    yield "  --coordinator HOST:PORT --num-processes N --process-id I: process 0 runs on HOST"
+    yield "mesh.data all then takes the devices of all of them; the run folder must be one that all can reach."
     section, shown = "", set()
     for setting in all_settings():
         heading = setting.path.split(".")[0] + (f", with {setting.needs}" if setting.needs else "")

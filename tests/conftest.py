@@ -43,3 +43,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For programs that run for microseconds, whose time goes into compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -129,9 +129,9 @@ def with_head(pretrained: Pretrained, *, seed: int) -> Pretrained:
 
 
 def _fresh_head(config: BertConfig, num_labels: int, seed: int) -> dict[str, Array]:
-    shape = (config.hidden_size, num_labels)
-    kernel = config.initializer_range * jax.random.normal(jax.random.key(seed), shape)
-    return {"classifier.kernel": kernel, "classifier.bias": jnp.zeros(num_labels)}
+    # By NumPy: a finished run is checked against these bits, on whatever device and version of XLA it is loaded.
+    kernel = np.random.default_rng(seed).normal(0, config.initializer_range, (config.hidden_size, num_labels))
+    return {"classifier.kernel": jnp.asarray(kernel, jnp.float32), "classifier.bias": jnp.zeros(num_labels)}
 
 
 def save_pretrained(

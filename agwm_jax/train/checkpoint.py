@@ -59,7 +59,7 @@ class Checkpoints:
             if processes.is_main():
                 self._digests(global_step).write_text(json.dumps(self._digest(global_step)))
         except Exception as error:  # Orbax and TensorStore raise what they like for a failed write
-            raise AgwmError(
+            raise processes.lost(error) or AgwmError(
                 f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
                 "free disk space or choose another --run.output, then run the same command to continue."
             ) from error
@@ -101,7 +101,7 @@ class Checkpoints:
                     args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
                     return position, self._manager.restore(step, args=args)["state"]
             except Exception as error:  # Orbax raises what it likes
-                raise AgwmError(
+                raise processes.lost(error) or AgwmError(
                     f"checkpoint {self._folder / str(step)} is whole but cannot be read ({_first_line(error)}); was it "
                     "written by another version? Continue with that version, or choose another --run.output."
                 ) from error

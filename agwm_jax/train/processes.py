@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from agwm_jax.errors import AgwmError
 
 _HEARTBEAT_SECONDS = 60  # after so long without a sign of life a process is given up
 _MESSAGE_BYTES = 2000
+_LAST_WORDS_SECONDS = 3  # for the others to say what they met
 
 
 class Launch(NamedTuple):
@@ -113,10 +115,12 @@ def lost(error: BaseException) -> AgwmError | None:
 
 
 def leave(code: int) -> None:
-    """End this process at once where others may wait for it: an orderly exit would wait for them."""
-    if code and jax.distributed.is_initialized() and several():
+    """End this process at once where others may wait for it: an orderly exit would wait for them in turn."""
+    if jax.distributed.is_initialized() and several():
         sys.stdout.flush()
         sys.stderr.flush()
+        if is_main():
+            time.sleep(_LAST_WORDS_SECONDS)  # with this process goes what connects the others
         os._exit(code)
 
 

@@ -65,8 +65,8 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
     try:
         if any(run_folder.read_result(folder) is None for folder in folders):
             _train(config, configs, progress=progress)
-        results = [run_folder.read_result(folder) or {} for folder in folders]
-        processes.wait_for_all("results")
+        processes.wait_for_all("the results are written")
+        results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         for folder in folders if config.run.export and processes.is_main() else ():
             if not (folder / "export").exists():
                 deviation = export_run(folder, folder / "export")
@@ -96,7 +96,7 @@ def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> None
     _warn_about_identifiability(config)
     began = time.perf_counter()
     placement = build_placement(config)
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # weights go to the devices once it is known where
+    with _on_the_host():
         built = build_seeds(configs)
     check_model(
         placement,
@@ -115,6 +115,17 @@ def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> None
     if diverged:
         listed = "; ".join(f"seed {seed}: {sentence}" for seed, sentence in diverged.items())
         raise AgwmError(f"{len(diverged)} of {len(configs)} seeds diverged, the results of the others stand. {listed}")
+
+
+def _on_the_host() -> contextlib.AbstractContextManager:
+    """Weights go to the devices when it is known which part goes where: they may be too large for one."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError as error:
+        raise AgwmError(
+            "JAX_PLATFORMS leaves out the CPU, where weights are read before they go to the devices: unset it, or name "
+            "cpu too (JAX_PLATFORMS=cuda,cpu)."
+        ) from error
 
 
 class _Seed(NamedTuple):

@@ -8,11 +8,8 @@ pytest.register_assert_rewrite("tests.core.conformance")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These programs run for microseconds: their time goes into compiling them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def _quick(quick_compilation):
+    """All of these programs are small."""
 
 
 @pytest.fixture

@@ -17,6 +17,11 @@ from agwm_jax.models.bert_weights import HEAD, to_tensors
 from agwm_jax.models.functional import functionalize
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_compilation):
+    """All of these models are tiny; processes of their own compile as users' do."""
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A Hugging Face folder: random BERT of two layers with pooler, and a word tokenizer for the agreement task."""

@@ -13,7 +13,7 @@ from agwm_jax.build import build
 from agwm_jax.config import config_fingerprint, load_config
 from agwm_jax.errors import AgwmError
 from agwm_jax.train.evaluate import evaluate_run, export_run, predict_run
-from agwm_jax.train.run import train
+from agwm_jax.train.run import train, train_seeds
 from agwm_jax.train.run_folder import claimed, load_alpha, weights_digest
 
 
@@ -220,7 +220,8 @@ def test_settings_change_the_run_and_it_ends_finite(configure, agwm_run, overrid
     losses, usual_losses = ([r["loss"] for r in run if r["phase"] == "search-0"] for run in (lines, usual))
     assert losses != usual_losses[: len(losses)], "a setting that changes nothing is not read"
     assert all(np.isfinite([r["loss"] for r in lines]))
-    assert all(r["hypergradient_norm"] > 0 for r in lines if r["phase"] == "search-0")
+    # Warm-up starts at 0, so W is W0 when the first step ends, and alpha has no gradient there.
+    assert all(r["hypergradient_norm"] > 0 for r in lines if r["phase"] == "search-0" and r["step"] > 0)
     assert 0 <= result["scores"]["test"]["accuracy"] <= 1
 
 
@@ -270,6 +271,34 @@ def test_a_regression_learns_from_pairs(configure, tmp_path, settings):
     result = train(config, progress=False)
     assert result["metric"] == "spearman"
     assert result["score"] > 0.5
+
+
+def test_seeds_side_by_side_get_a_folder_each_and_learn_what_they_would_alone(configure, settings):
+    """A whole run: draws, heads, lengths, development splits and scores of its own for every seed."""
+    options = ["--seeds", "[0, 1]", "--search.num_splits", "2", "--search.epochs", "1", "--data.pad_to", "0.9"]
+    options += ["--hypergradient.estimator", "first_order", "--search.rollback", "false"]
+    found = {}
+    for vectorize in ("none", "all"):
+        config = configure(*options, "--run.vectorize", vectorize, output=vectorize)
+        found[vectorize] = train_seeds(config, progress=False)
+        assert [result["seed"] for result in found[vectorize]] == [0, 1]
+    for seed, (one, both) in enumerate(zip(found["none"], found["all"], strict=True)):
+        folders = [_folder(configure(output=f"{vectorize}/seed-{seed}")) for vectorize in found]
+        curves = [{(r["phase"], r["step"]): r["loss"] for r in records(folder)} for folder in folders]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+        assert one["scores"].keys() == both["scores"].keys()
+        assert both["side_by_side"] == {"seeds": 2, "splits": 2}
+        assert evaluate_run(folders[1])["scores"] == pytest.approx(both["scores"]["test"])
+    assert [r["loss"] for r in records(folders[0])] != [
+        r["loss"] for r in records(_folder(configure(output="none/seed-0")))
+    ]
+    alone = config_fingerprint(load_config(folders[1] / "config.yaml"))
+    assert alone == config_fingerprint(configure(*options[2:], "--seed", "1"))
+    # More seeds are added to those that are there.
+    more = configure("--seeds", "[0, 1, 2]", *options[2:], "--run.vectorize", "all", output="all")
+    before = (folders[1] / "result.json").stat().st_mtime_ns
+    assert [result["seed"] for result in train_seeds(more, progress=False)] == [0, 1, 2]
+    assert (folders[1] / "result.json").stat().st_mtime_ns == before
 
 
 def test_no_loss_means_stop_with_the_last_good_state_kept(configure):
