@@ -1,10 +1,11 @@
-"""Several methods over several seeds on one task: one run folder each, then the report.
+"""Several methods over several seeds on one task: a run folder a method and seed, then the report.
 
     python experiments/compare_methods.py --config configs/agreement.yaml --methods vanilla agwm --seeds 0 1
 
 With --equal-passes the methods without a search train for `search.epochs` more, so that every method sees the training
 set equally often. Settings after the named options go to every run (`--finetune.epochs 5`). A comparison that was
-stopped continues where it was when the same command is given again. Every run is a process of its own, so that its peak
+stopped continues where it was when the same command is given again. The seeds of a method go side by side as far as the
+memory takes them (`--run.vectorize none`: one after the other); every method is a process of its own, so that its peak
 memory is its own.
 """
 
@@ -59,7 +60,7 @@ def run_all(
     *,
     equal_passes: bool,
 ) -> list[Path]:
-    """Run every method with every seed, or what is left of it; the run folders.
+    """Run every method with all seeds, or what is left of it; the run folders.
 
     Raises:
         AgwmError: bad settings.
@@ -67,16 +68,13 @@ def run_all(
     """
     defaults = load_config(config, settings)
     all_passes = ["--finetune.epochs", str(defaults.finetune.epochs + defaults.search.epochs)]
-    pairs = [(seed, method) for seed in seeds for method in methods]
-    folders = []
-    for number, (seed, method) in enumerate(pairs, start=1):
-        folder = output / method / f"seed-{seed}"
-        print(f"[{number}/{len(pairs)}] {method}, seed {seed}", flush=True)
+    listed = ", ".join(map(str, seeds))
+    for number, method in enumerate(methods, start=1):
+        print(f"[{number}/{len(methods)}] {method}, seeds {listed}", flush=True)
         passes = all_passes if equal_passes and method != "agwm" else []
-        own = ["--method", method, "--seed", str(seed), "--output", str(folder)]
+        own = ["--method", method, "--seeds", f"[{listed}]", "--output", str(output / method)]
         _train(["--config", str(config), *settings, *passes, *own])
-        folders.append(folder)
-    return folders
+    return [output / method / f"seed-{seed}" for seed in seeds for method in methods]
 
 
 def _train(arguments: Sequence[str]) -> None:

@@ -169,9 +169,14 @@ def place(tree, shardings):
 
 def gather_to_main(tree):
     """The arrays on the host: in the main process whole, in the others nothing (None); all must call it."""
-    whole = jax.tree.map(lambda x: NamedSharding(x.sharding.mesh, PartitionSpec()), tree)
-    gathered = jax.jit(lambda tree: tree, out_shardings=whole)(tree)
-    return jax.device_get(gathered) if jax.process_index() == 0 else None
+
+    def one(x: jax.Array) -> np.ndarray | None:
+        if not x.is_fully_addressable:  # leaf by leaf: not all weights are on a device whole at once
+            x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        return np.asarray(x) if jax.process_index() == 0 else None
+
+    gathered = jax.tree.map(one, tree)
+    return gathered if jax.process_index() == 0 else None
 
 
 def bytes_per_device(tree, shardings: Any | None = None) -> int:

@@ -16,10 +16,13 @@ from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.bert_weights import HEAD, to_tensors
 from agwm_jax.models.functional import functionalize
 
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+"""Environment of a process whose model is tiny: its time would go into compiling."""
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(quick_compilation):
-    """All of these models are tiny; processes of their own compile as users' do."""
+    """The same for what runs in this process."""
 
 
 @pytest.fixture(scope="session")

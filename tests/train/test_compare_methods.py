@@ -1,4 +1,4 @@
-"""The experiment script: Ctrl-C reaches the run, which saves; the same command finishes, and the report pairs seeds."""
+"""The experiment script: Ctrl-C reaches the runs, which save; the same command finishes, and the report pairs seeds."""
 
 import os
 import signal
@@ -6,9 +6,21 @@ import subprocess
 import sys
 import time
 
+from tests.train.conftest import QUICK
+
 
 def command(settings, folder, config):
-    script = ["experiments/compare_methods.py", "--config", str(config), "--methods", "vanilla", "agwm", "--seeds", "0"]
+    script = [
+        "experiments/compare_methods.py",
+        "--config",
+        str(config),
+        "--methods",
+        "vanilla",
+        "agwm",
+        "--seeds",
+        "0",
+        "1",
+    ]
     kept = [
         x for pair in zip(settings[::2], settings[1::2], strict=True) for x in pair if pair[0] != "--finetune.epochs"
     ]
@@ -21,7 +33,7 @@ def test_ctrl_c_saves_and_the_same_command_finishes(settings, tmp_path, request)
     settings = [x for pair in zip(settings[::2], settings[1::2], strict=True) for x in pair if "cache" not in pair[0]]
     options = {
         "cwd": request.config.rootpath,
-        "env": {**os.environ, "PYTHONPATH": str(request.config.rootpath)},
+        "env": {**os.environ, **QUICK, "PYTHONPATH": str(request.config.rootpath)},
         "text": True,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
@@ -39,5 +51,6 @@ def test_ctrl_c_saves_and_the_same_command_finishes(settings, tmp_path, request)
 
     done = subprocess.run(command(settings, folder, config), **options, check=False)
     assert done.returncode == 0, done.stdout
+    assert len(list(folder.glob("*/seed-[01]/result.json"))) == 4
     assert "vanilla 7, agwm 4" in done.stdout, "equal passes: 4 epochs and the search's 3"
     assert (folder / "report" / "overview.png").stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """Several real processes on the loopback are one run: they learn what one learns, stop together and go on together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,30 +16,47 @@ from safetensors.numpy import load_file
 from agwm_jax.cli import main
 from agwm_jax.errors import AgwmError
 from agwm_jax.train import processes
+from tests.train.conftest import QUICK
 
 COUNT = 2
 OPTIONS = [
     *("--hypergradient.estimator", "first_order", "--search.rollback", "false"),
-    *("--search.epochs", "4", "--finetune.epochs", "40", "--run.chunk_steps", "4", "--run.checkpoint_steps", "16"),
+    *("--search.epochs", "4", "--finetune.epochs", "20", "--run.chunk_steps", "4", "--run.checkpoint_steps", "24"),
 ]
 
 
+ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
 def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
+    """One of those that JAX takes for a SLURM job by its number."""
+    for port in np.random.default_rng().permutation(np.arange(61440, 65535)):
+        with socket.socket() as listening, contextlib.suppress(OSError):
+            listening.bind(("127.0.0.1", int(port)))
+            return int(port)
+    return pytest.fail("no free port")
 
 
-def start(settings, folder, *options):
+def by_hand(number, port):
+    address = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(COUNT), "--process-id", str(number)]
+    return address, {}
+
+
+def by_slurm(number, port):
+    """What `srun` tells a task."""
+    names = {"JOB_ID": port - 61440, "STEP_NODELIST": "127.0.0.1", "NTASKS": COUNT, "PROCID": number, "LOCALID": number}
+    return ["--coordinator", "auto"], {f"SLURM_{name}": str(value) for name, value in names.items()}
+
+
+def start(settings, folder, launch=by_hand):
     """One process a device: each reads half of every batch."""
-    address = f"127.0.0.1:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "-m", "agwm_jax", "train", *settings, *OPTIONS, "--mesh.data", "all", *options]
+    command = [sys.executable, "-m", "agwm_jax", "train", *settings, *OPTIONS, "--mesh.data", "all"]
     command += ["--run.compilation_cache", str(folder.parents[1] / "agwm-test-xla"), "--output", str(folder)]
-    own = [["--coordinator", address, "--num-processes", str(COUNT), "--process-id", str(i)] for i in range(COUNT)]
+    launched = [launch(number, port) for port in [free_port()] for number in range(COUNT)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [
-        subprocess.Popen([*command, *one], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for one in own
+        subprocess.Popen([*command, *own], env={**os.environ, **QUICK, **ONE_DEVICE, **variables}, **options)
+        for own, variables in launched
     ]
 
 
@@ -75,7 +93,7 @@ def wait_for(started, folder, phase, step):
 
 
 def single(settings, folder):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, **QUICK, **ONE_DEVICE}
     cache = ["--run.compilation_cache", str(folder.parents[1] / "agwm-test-xla")]
     command = [sys.executable, "-m", "agwm_jax", "train", *settings, *OPTIONS, *cache, "--output", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -126,8 +144,8 @@ def test_one_is_told_to_stop_and_all_do_one_dies_and_all_end_and_another_mesh_go
     assert codes == [130, 130], texts
     assert all("the state is saved: run the same command again" in text for text in texts)
 
-    started = start(settings, folder)
-    wait_for(started, folder, "finetune", 40)
+    started = start(settings, folder, by_slurm)
+    wait_for(started, folder, "finetune", 26)
     os.kill(started[1].pid, signal.SIGKILL)
     began = time.monotonic()
     codes, texts = finish(started, 90)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+from tests.train.conftest import QUICK
+
 # The solution of the linear system and the direction of its largest eigenvalue are carried from step to step.
 LONG = [
     "--hypergradient.estimator",
@@ -33,7 +35,8 @@ LONG = [
 def start(settings, folder):
     cache = ["--run.compilation_cache", str(folder.parents[1] / "agwm-test-xla")]  # one compile serves all processes
     command = [sys.executable, "-m", "agwm_jax", "train", *settings, *LONG, *cache, "--output", str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, **QUICK}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def records(folder):
