@@ -3,11 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
-import platform
-import resource
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,21 +15,18 @@ import numpy as np
 from agwm_jax.build import Built, build_seeds
 from agwm_jax.config import Config, seed_configs
 from agwm_jax.core.mixup import mix
-from agwm_jax.data.tasks import Task
-from agwm_jax.diagnostics import search_warnings
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.phase import Weights
 from agwm_jax.schema.hypergradient import Implicit, Penalty
 from agwm_jax.train import processes, run_folder
 from agwm_jax.train.checkpoint import Checkpoints
-from agwm_jax.train.evaluate import export_run, predict_logits, scores, text_columns
+from agwm_jax.train.evaluate import export_run, predict_logits, text_columns
 from agwm_jax.train.lanes import Member
 from agwm_jax.train.loop import Interrupted, Layout, fit
 from agwm_jax.train.memory import build_placement, choose
 from agwm_jax.train.recorder import Recorders
+from agwm_jax.train.result import describe
 from agwm_jax.train.sharding import Placement, check_model, gather_to_main, place
-
-_PACKAGES = ("agwm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
@@ -67,19 +59,17 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
             _train(config, configs, progress=progress)
         processes.wait_for_all("the results are written")
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
-        for folder in folders if config.run.export and processes.is_main() else ():
-            if not (folder / "export").exists():
-                deviation = export_run(folder, folder / "export")
-                if deviation is not None:
-                    warnings.warn(
-                        f"exported, but transformers will not give the same logits: {deviation}", stacklevel=2
-                    )
+        if config.run.export and processes.is_main():
+            _export([folder for folder in folders if not (folder / "export").exists()])
     except Interrupted:
         raise
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; run the same command again to continue in {config.run.output}") from None
     except RuntimeError as error:
-        raise processes.lost(error) or error from error
+        lost = processes.lost(error)
+        if lost is None:
+            raise
+        raise lost from error
     return results
 
 
@@ -212,7 +202,7 @@ def _write(
     config, built = seed.config, seed.built
     began = time.perf_counter()
     logits = _logits(config, built, weights, layout.placement)
-    host = gather_to_main(weights)
+    host = gather_to_main(weights, layout.placement)
     if not processes.is_main():
         return
     seconds = {**seconds, "evaluate": time.perf_counter() - began}
@@ -225,7 +215,7 @@ def _write(
         task=config.run.save_weights,
     )
     side_by_side = {"seeds": len(recorders.names), "splits": config.search.num_splits if layout.together else 1}
-    result = _result(config, built, host, logits, seconds, recorders.records(number))
+    result = describe(config, built, host, logits, seconds, recorders.records(number))
     run_folder.write_result(seed.folder, {**result, "mesh": layout.placement.describe(), "side_by_side": side_by_side})
 
 
@@ -242,62 +232,6 @@ def _logits(config: Config, built: Built, weights: Weights, placement: Placement
             for split, encoded in built.encoded.items()
             if split != "train"
         }
-
-
-def _result(
-    config: Config,
-    built: Built,
-    weights: Weights,
-    logits: dict[str, np.ndarray],
-    seconds: dict[str, float],
-    records: list[dict[str, Any]],
-) -> dict[str, Any]:
-    by_split, groups = {}, {}
-    for split, found in logits.items():
-        by_split[split], groups[split] = scores(built.task, split, found)
-    seconds = {**seconds, "total": sum(seconds.values())}
-    metric, split = built.task.metrics[0], built.task.report_split
-    return {
-        "task": built.task.name,
-        "model": config.model.path,
-        "method": config.method.name,
-        "seed": config.run.seed,
-        "train_size": len(built.encoded["train"].labels),
-        "metric": metric,
-        "split": split,
-        "score": by_split[split][metric],
-        "scores": by_split,
-        "groups": {name: found for name, found in groups.items() if found},
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "peak_memory_bytes": _peak_memory(),
-        "num_parameters": {
-            "task": sum(x.size for x in weights.task.values()),
-            "alpha": sum(x.size for x in jax.tree.leaves(weights.alpha)),
-        },
-        # What is needed to use the model where the training data are not.
-        "task_description": _description(built.task),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
-        "git_commit": _git_commit(),
-        "warnings": [*_truncations(built), *(warning._asdict() for warning in search_warnings(records))],
-    }
-
-
-def _description(task: Task) -> dict[str, Any]:
-    fields = {name: value for name, value in task._asdict().items() if name != "splits"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
-def _truncations(built: Built) -> list[dict[str, str]]:
-    return [
-        {
-            "name": "texts_truncated",
-            "message": f"{report.truncated} of {report.examples} texts of split {split} were cut to {report.length} "
-            f"tokens (the longest has {report.longest}): raise data.max_length or data.pad_to.",
-        }
-        for split, report in built.encoding.items()
-        if report.truncated
-    ]
 
 
 def _set_compilation_cache(folder: str | None) -> None:
@@ -330,35 +264,3 @@ def _data_fingerprint(built: Sequence[Built]) -> str:
             for name in sorted(phase.plan):
                 digest.update(np.ascontiguousarray(phase.plan[name]).tobytes())
     return digest.hexdigest()
-
-
-def _peak_memory() -> int:
-    """Peak bytes of the device where it counts them, of the process on a CPU."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            continue
-    return found
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that this package is imported from; None for an installed package."""
-    where = Path(__file__).resolve().parents[2]
-    if not (where / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

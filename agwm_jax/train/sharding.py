@@ -167,12 +167,12 @@ def place(tree, shardings):
     return jax.tree.map(one, tree, shardings)
 
 
-def gather_to_main(tree):
+def gather_to_main(tree, placement: Placement):
     """The arrays on the host: in the main process whole, in the others nothing (None); all must call it."""
 
     def one(x: jax.Array) -> np.ndarray | None:
         if not x.is_fully_addressable:  # leaf by leaf: not all weights are on a device whole at once
-            x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+            x = jax.jit(lambda x: x, out_shardings=placement.replicated)(x)
         return np.asarray(x) if jax.process_index() == 0 else None
 
     gathered = jax.tree.map(one, tree)
