@@ -164,6 +164,8 @@ class Program(NamedTuple):
     advance: Callable[..., tuple[Any, dict[str, Array]]]
     """``advance(state, frozen, data, plan, keys, start, stop) -> (state, infos [chunk_steps, lanes])``."""
     monitor: Callable[[Any], dict[str, Array]]
+    finite: Callable[[Any], Array]
+    """``finite(state) -> [lanes]``: whether all numbers of each lane are."""
     seconds: float
 
 
@@ -221,8 +223,11 @@ class Lanes:
         results = (jax.tree.map(lambda x: x.sharding, state), whole)
         jitted = jax.jit(advance, donate_argnums=0, out_shardings=results)
         compiled = jitted.lower(state, *self.arguments, 0, 1).compile(compiler_options())
-        monitor = jax.jit(self._each(self._phase.monitor, (0,)), out_shardings=whole).lower(state).compile()
-        return Program(compiled, monitor, time.perf_counter() - began)
+        monitor, finite = (
+            jax.jit(self._each(fn, (0,)), out_shardings=whole).lower(state).compile()
+            for fn in (self._phase.monitor, _all_finite)
+        )
+        return Program(compiled, monitor, finite, time.perf_counter() - began)
 
     @functools.cached_property
     def arguments(self) -> tuple[Any, ...]:
@@ -264,15 +269,6 @@ class Lanes:
         shape = jax.eval_shape(finished, self._carry.tree, state)
         return jax.jit(finished, out_shardings=self._shardings(shape))(self._carry.tree, state)
 
-    def finite(self, state) -> np.ndarray:
-        """Whether all numbers of each lane are."""
-
-        def check(state):
-            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-            return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
-
-        return np.asarray(jax.jit(self._each(check, (0,)), out_shardings=self._group.placement.replicated)(state))
-
     def _start(self, frozen, initial, carry):
         group = self._group
         axes = (group.frozen.axes, group.initial.axes, self._carry.axes)
@@ -301,6 +297,11 @@ def each_lane(fn: Callable[..., Any], axes: tuple[Any, ...], count: int) -> Call
 
     mapped = jax.vmap(with_lane, in_axes=(0, *axes), spmd_axis_name=SEED)
     return lambda *args: mapped(jnp.arange(count), *args)
+
+
+def _all_finite(tree) -> Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
 
 
 def _batches(data, plan, key, step):

@@ -128,17 +128,18 @@ class _Fit:
         if shared not in self.programs:
             self.programs[shared] = lanes.compile(state, self.chunk_steps)
             self.seconds["compile"] += self.programs[shared].seconds
+        program = self.programs[shared]
         while step < round_.num_steps:
             began = time.perf_counter()
             stop = _next_stop(step, round_.num_steps, self.chunk_steps, self.checkpoint_steps)
-            state, infos = lanes.advance(self.programs[shared], state, step, stop)
+            state, infos = lanes.advance(program, state, step, stop)
             self._record(lanes, infos, step)
             step = stop
             self.seconds[round_.name] += time.perf_counter() - began
             stopped = self._stop_is_wanted()
             at_checkpoint = self.checkpoint_steps and step % self.checkpoint_steps == 0
             if at_checkpoint or step == round_.num_steps or stopped:
-                self._save(number, step, lanes, state, carry)
+                self._save(number, step, lanes, program, state, carry)
             if stopped:
                 raise Interrupted(
                     f"stopped in {round_.name} after step {step} of {round_.num_steps}; the state is saved: "
@@ -175,10 +176,10 @@ class _Fit:
                 sentence if len(self.group.members) == 1 else f"all seeds diverged, the last so: {sentence}"
             )
 
-    def _save(self, number: int, step: int, lanes: Lanes, state, carry) -> None:
+    def _save(self, number: int, step: int, lanes: Lanes, program: Program, state, carry) -> None:
         """A checkpoint of a state that is worth one."""
         began = time.perf_counter()
-        for lane in np.flatnonzero(~lanes.finite(state)):
+        for lane in np.flatnonzero(~np.asarray(program.finite(state))):
             member, phase, _ = lanes.member_and_phase(int(lane))
             self._give_up(member, phase.name, "a weight", "not finite", step - 1)
         position = self.start._replace(round=number, step=step, seconds=dict(self.seconds))
