@@ -20,4 +20,4 @@ from agwm_jax.core.types import LowRank as LowRank
 from agwm_jax.core.types import Problem as Problem
 from agwm_jax.errors import AgwmError as AgwmError
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
