@@ -20,6 +20,7 @@ from agwm_jax.data.plan import epoch_plan, search_plan, split_indices
 from agwm_jax.data.tasks import Task, drop_leaked, glue_task, glue_text_columns, hub_task, local_task, low_resource
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods import Method, Weights, agwm, frozen_alpha, vanilla
+from agwm_jax.methods.finetune import finetune_phase
 from agwm_jax.models.huggingface import Pretrained, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.schema import OptimizerConfig
@@ -30,6 +31,7 @@ from agwm_jax.schema.hypergradient import (
     Iteration,
     Neumann,
     Nystrom,
+    Unrolled,
 )
 
 
@@ -131,6 +133,7 @@ def build_model(config: Config, task: Task, path: str | None = None) -> Pretrain
         seed=stream_seed(config, "head"),
         revision=model.revision,
         unroll=model.unroll_layers,
+        fuse_attention=model.fuse_attention,
     )
 
 
@@ -151,7 +154,7 @@ def build_method(
     config: Config, task: Task, pretrained: Pretrained, mixed: tuple[str, ...], *, num_examples: int
 ) -> Method:
     """The fine-tuning method; its data order follows from the seed alone, so that methods are paired by seed."""
-    loss = batch_loss(pretrained.apply, task.kind)
+    loss = batch_loss(pretrained.apply, task.kind, reverse_only=True)
     size = config.data.batch_size
     plan = {
         "train": epoch_plan(
@@ -176,8 +179,8 @@ def build_method(
         )
         plans.append({"inner": inner, "outer": outer})
     steps, inner_steps = plans[0]["inner"].shape[:2]
-    return agwm(
-        loss,
+    method = agwm(
+        batch_loss(pretrained.apply, task.kind, reverse_only=not _takes_products(config)),
         plans,
         plan,
         hypergrad=build_hypergradient(config),
@@ -190,6 +193,15 @@ def build_method(
         average=search.average,
         **start,
     )
+    # Finetune differentiates its loss once, whatever the search does.
+    finetune = finetune_phase(loss, plan, tx=tx, complement=mixup.complement)
+    return method._replace(stages=(*method.stages[:-1], (finetune,)))
+
+
+def _takes_products(config: Config) -> bool:
+    """Whether the estimator differentiates the model in forward mode; differences of gradients do not."""
+    choice = config.hypergradient
+    return isinstance(choice, Unrolled | Implicit) and choice.hvp != "finite_difference"
 
 
 def build_hypergradient(config: Config) -> hypergrad.Hypergradient:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, Num
 
 from agwm_jax.errors import AgwmError
+from agwm_jax.models.attention import fused_attention, fused_refusal
 
 # Names as in Hugging Face's config.json. BERT's "gelu" is the exact one (erf), the other two the tanh approximation.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -189,24 +190,26 @@ class BertLayer(nnx.Module):
         self.config = config
 
     def attend(
-        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None
+        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool
     ) -> Float[Array, "b t d"]:
-        """Softmax attention over all positions; plain matrix products, so that forward-mode rules exist."""
+        """Softmax attention over all positions: plain products, which have a forward-mode rule, or the fused kernel."""
         b, t, d = x.shape
         h = self.config.num_attention_heads
 
         query, keys, value = (linear(x).reshape(b, t, h, d // h) for linear in (self.query, self.key, self.value))
+        if fuse:
+            return fused_attention(query, keys, value, (bias == 0).sum(axis=-1)).reshape(b, t, d)
         scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=jnp.float32)
         probabilities = jax.nn.softmax(scores * (d // h) ** -0.5 + bias[:, None, None, :], axis=-1).astype(x.dtype)
         probabilities = dropout(probabilities, self.config.attention_probs_dropout_prob, key)
         return jnp.einsum("bhqk,bkhe->bqhe", probabilities, value).reshape(b, t, d)
 
     def __call__(
-        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None
+        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool = False
     ) -> Float[Array, "b t d"]:
         attention_key, output_key, ffn_key = _split(key, 3)
         rate = self.config.hidden_dropout_prob
-        attended = self.attention_output(self.attend(x, bias, key=attention_key))
+        attended = self.attention_output(self.attend(x, bias, key=attention_key, fuse=fuse))
         x = _over_data(self.attention_norm(x + dropout(attended, rate, output_key)))
         inner = ACTIVATIONS[self.config.hidden_act](self.intermediate(x))
         return _over_data(self.output_norm(x + dropout(self.output(inner), rate, ffn_key)))
@@ -226,14 +229,14 @@ class BertEncoder(nnx.Module):
         self.unroll = unroll
 
     def __call__(
-        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None
+        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool = False
     ) -> Float[Array, "b t d"]:
         graph, weights = nnx.split(self.layers)
         keys = None if key is None else jax.random.split(key, self.num_layers)
 
         def layer(x, weights_and_key):
             weights, key = weights_and_key
-            return nnx.merge(graph, weights)(x, bias, key=key), None
+            return nnx.merge(graph, weights)(x, bias, key=key, fuse=fuse), None
 
         return lax.scan(layer, x, (weights, keys), unroll=self.unroll)[0]
 
@@ -247,6 +250,8 @@ class BertClassifier(nnx.Module):
         pooling: "cls" (first token, pooler with tanh) or "mean" (mean over real tokens, no pooler weights).
         dtype: dtype of the computation; weights, softmax, pooling and head stay float32.
         unroll: how many layers one turn of the scan holds.
+        fuse_attention: run cuDNN's fused attention in calls that promise `reverse_only`, unless `fused_refusal` has a
+            reason not to; False: never.
         rngs: stream "params" for the initial weights.
 
     Source: Devlin et al., arXiv 1810.04805; layer by layer as in Hugging Face's BertForSequenceClassification.
@@ -260,6 +265,7 @@ class BertClassifier(nnx.Module):
         pooling: str = "cls",
         dtype: DTypeLike = jnp.float32,
         unroll: int = 1,
+        fuse_attention: bool = True,
         rngs: nnx.Rngs,
     ) -> None:
         if pooling not in ("cls", "mean"):
@@ -271,15 +277,20 @@ class BertClassifier(nnx.Module):
         self.classifier = _linear(config, jnp.float32, rngs, config.hidden_size, num_labels)
         self.config = config
         self.pooling = pooling
+        self.dtype = dtype
+        self.fuse_attention = fuse_attention
 
     def __call__(
-        self, batch: Mapping[str, Num[Array, "b t"]], *, key: Key[Array, ""] | None = None
+        self, batch: Mapping[str, Num[Array, "b t"]], *, key: Key[Array, ""] | None = None, reverse_only: bool = False
     ) -> Float[Array, "b c"]:
         """Logits of a batch.
 
         Args:
             batch: `input_ids`, `token_type_ids`, `attention_mask` [b, t]; other entries are not read.
             key: typed PRNG key of the dropout masks; None means no dropout.
+            reverse_only: a promise that nothing differentiates this call in forward mode, or twice (`jax.jvp`,
+                `jax.linearize`, a Hessian-vector product), and that padding follows the real tokens: fused attention,
+                which bears none of these, may then serve.
 
         Returns:
             Logits [b, c], float32.
@@ -297,7 +308,9 @@ class BertClassifier(nnx.Module):
         # Finite, so that a row of nothing but padding gives an even softmax and no NaN.
         bias = jnp.where(mask != 0, 0.0, jnp.finfo(jnp.float32).min).astype(jnp.float32)
         x = self.embeddings(batch["input_ids"], batch["token_type_ids"], key=embedding_key)
-        x = self.encoder(x, bias, key=encoder_key)
+        x = self.encoder(
+            x, bias, key=encoder_key, fuse=reverse_only and self._fused_refusal(mask.shape[-1], key) is None
+        )
         if self.pooling == "cls":
             pooled = jnp.tanh(self.pooler(x[:, 0].astype(jnp.float32)))
         else:
@@ -305,6 +318,16 @@ class BertClassifier(nnx.Module):
             pooled = (x.astype(jnp.float32) * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
         rate = self.config.classifier_dropout
         return self.classifier(dropout(pooled, self.config.hidden_dropout_prob if rate is None else rate, head_key))
+
+    def _fused_refusal(self, length: int, key: Key[Array, ""] | None) -> str | None:
+        if not self.fuse_attention:
+            return "fuse_attention is false"
+        return fused_refusal(
+            dtype=self.dtype,
+            head_width=self.config.hidden_size // self.config.num_attention_heads,
+            length=length,
+            dropout=key is not None and self.config.attention_probs_dropout_prob > 0,
+        )
 
 
 def _linear(config: BertConfig, dtype: DTypeLike, rngs: nnx.Rngs, inputs: int, outputs: int) -> nnx.Linear:

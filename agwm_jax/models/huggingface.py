@@ -44,7 +44,7 @@ _DROPPED_KEYS = ("_name_or_path", "torch_dtype", "auto_map", "transformers_versi
 class Pretrained(NamedTuple):
     """A pretrained model, ready to be fine-tuned, evaluated or saved."""
 
-    apply: Apply  # apply(params, batch, *, key=None) -> logits [b, c]
+    apply: Apply  # apply(params, batch, *, key=None, reverse_only=False) -> logits [b, c], see BertClassifier
     params: dict[str, Array]  # path -> float32 array
     tokenizer: Any  # a transformers tokenizer
     config: BertConfig  # dropout rates as asked for
@@ -65,6 +65,7 @@ def load_pretrained(
     seed: int = 0,
     revision: str | None = None,
     unroll: int = 1,
+    fuse_attention: bool = True,
 ) -> Pretrained:
     """Read config.json, safetensors and tokenizer of a BERT checkpoint.
 
@@ -79,6 +80,7 @@ def load_pretrained(
             the same shape and pooling.
         revision: branch, tag or commit of a hub id.
         unroll: layers in one turn of the scan.
+        fuse_attention: see `BertClassifier`.
 
     Raises:
         AgwmError: whatever is wrong with the folder or the id, in one message.
@@ -97,7 +99,13 @@ def load_pretrained(
         num_labels = int(tensors["classifier.bias"].shape[0])
     module = nnx.eval_shape(
         lambda: BertClassifier(
-            config, num_labels=num_labels, pooling=pooling, dtype=dtype, unroll=unroll, rngs=nnx.Rngs(0)
+            config,
+            num_labels=num_labels,
+            pooling=pooling,
+            dtype=dtype,
+            unroll=unroll,
+            fuse_attention=fuse_attention,
+            rngs=nnx.Rngs(0),
         )
     )
     apply, shapes = functionalize(module)

@@ -9,20 +9,22 @@ from jaxtyping import Array, Float
 from agwm_jax.core.types import Batch, Composite, Params, Scalar
 
 
-def batch_loss(apply: Callable[..., jnp.ndarray], kind: str) -> Composite:
+def batch_loss(apply: Callable[..., jnp.ndarray], kind: str, *, reverse_only: bool = False) -> Composite:
     """``loss(params, batch)``: cross-entropy, or the squared error of a single logit; logits are its outputs.
 
     Args:
         apply: ``apply(params, batch, key=key) -> logits [b, c]``; the batch's own ``key``, if any, drives dropout.
         kind: of the task, "classification" or "regression" (then c = 1).
+        reverse_only: the promise that `BertClassifier` asks for; handed on to `apply`.
 
     Returns:
         A loss that weights example i with ``batch["weight"][i]`` (1, or 0 for the padding of a short batch) and divides
         by their sum.
     """
+    options = {"reverse_only": True} if reverse_only else {}
 
     def logits(params: Params, batch: Batch) -> Float[Array, "b c"]:
-        return apply(params, batch, key=batch.get("key"))
+        return apply(params, batch, key=batch.get("key"), **options)
 
     def criterion(logits: Float[Array, "b c"], batch: Batch) -> Scalar:
         if kind == "regression":

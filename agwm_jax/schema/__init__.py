@@ -26,6 +26,11 @@ class Model(Section):
     unroll_layers: int = Field(
         default=1, ge=1, description="layers an iteration of the scan over layers; more compiles longer"
     )
+    fuse_attention: bool = Field(
+        default=True,
+        description="cuDNN's fused attention where it serves: one CUDA device, bfloat16, no attention dropout, no "
+        "products with second derivatives; false: never",
+    )
 
 
 class Data(Section):

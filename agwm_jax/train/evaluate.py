@@ -1,5 +1,6 @@
 """Scores and predictions of a model, and of a finished run."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from agwm_jax.config import Config
 from agwm_jax.core.mixup import mix
 from agwm_jax.core.partition import partition
 from agwm_jax.core.types import Batch, Params
-from agwm_jax.data.encode import Encoded, encode
+from agwm_jax.data.encode import MULTIPLE, Encoded, encode
 from agwm_jax.data.files import check_extension
 from agwm_jax.data.plan import evaluation_plan
 from agwm_jax.data.predictions import read_texts, write_predictions
@@ -46,21 +47,48 @@ def predict_logits(
     batch_size: int,
     placement: Placement | None = None,
 ) -> Float[np.ndarray, "n c"]:
-    """Logits of every example of a split, without dropout; on a mesh, where the weights lie on one."""
+    """Logits of every example of a split, in its order, without dropout; on a mesh, where the weights lie on one.
+
+    Texts of like length share a batch, which is cut to one of a few lengths.
+
+    Args:
+        apply: of `load_pretrained`: ``apply(params, batch, reverse_only=True) -> logits [b, c]``.
+        params: by path.
+        encoded: the split, n examples padded to t tokens.
+        batch_size: b; every program has this many rows, whatever the split, so that splits of one length share it.
+        placement: of the weights; every process then asks for the same logits.
+    """
     columns = {name: column for name, column in text_columns(encoded).items() if name != "labels"}
+    padded = encoded.attention_mask.shape[1]
+    last_real = (encoded.attention_mask * np.arange(1, padded + 1)).max(axis=1)
+    order = np.argsort(last_real, kind="stable")
     logits = []
-    for rows in evaluation_plan(len(encoded.labels), batch_size=batch_size):
-        # Of one shape whatever the split, so that one program serves all splits of one length.
-        batch = {name: x[np.maximum(rows, 0)] for name, x in columns.items()}
+    for places in evaluation_plan(len(order), batch_size=batch_size):
+        rows = order[np.maximum(places, 0)]
+        length = min(x for x in program_lengths(padded) if x >= last_real[rows].max())
+        batch = {name: x[rows, :length] for name, x in columns.items()}
         if placement is not None:
             batch = place(batch, jax.tree.map(lambda x: placement.of_batch(x.shape), batch))
         logits.append(_batch_logits(apply, placement and placement.replicated, params, batch))
-    return np.concatenate([np.asarray(x) for x in logits])[: len(encoded.labels)]
+    by_length = np.concatenate([np.asarray(x) for x in logits])[: len(order)]
+    found = np.empty_like(by_length)
+    found[order] = by_length
+    return found
+
+
+def program_lengths(padded: int) -> set[int]:
+    """The lengths in tokens that batches of a split are cut to, each a program to compile: all, a half, a quarter.
+
+    On a CPU padding costs more than two more programs; elsewhere a split of a few thousand texts takes less time than
+    compiling one, and is not cut.
+    """
+    parts = (1, 2, 4) if jax.default_backend() == "cpu" else (1,)
+    return {min(padded, math.ceil(padded / part / MULTIPLE) * MULTIPLE) for part in parts}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _batch_logits(apply: Callable[..., jax.Array], where, params: Params, batch: Batch) -> jax.Array:
-    logits = apply(params, batch)
+    logits = apply(params, batch, reverse_only=True)
     return logits if where is None else jax.lax.with_sharding_constraint(logits, where)
 
 
