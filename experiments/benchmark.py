@@ -14,8 +14,10 @@ The first line of a table says which attention runs: there fused where no produc
 second command against: 10 seeds should cost no more than 4 single ones.
 
 Weights are random, dropout is off. The unit is one plain training step (forward, backward, AdamW). All programs are
-timed in turn, round after round, so that a machine that slows down slows all of them; a table has medians, and the
-ratio of each program to the plain step of the same round, with quartiles. Several seeds take turns with one of them.
+timed in turn, round after round and each round in another order, so that a machine that slows down slows all of them; a
+table has medians, and the ratio of each program to the plain step of the same round, with quartiles. Several seeds take
+turns with one of them.
+
 `utilisation` is that of the model's operations: what a program has to compute, from shapes (its forward-backward
 passes by the docstring of its estimator; nothing that is computed anew), in a second, against the rate of one large
 matrix product of the same round. `fb` beside it is counted from the program. `--torch` adds the plain step of PyTorch.
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,15 +118,17 @@ def measure(
     benches: Mapping[str, Bench], states: dict[str, Any], others: Mapping[str, Callable[[], None]], rounds: int
 ) -> dict[str, np.ndarray]:
     """Seconds ``[rounds]`` of every program, one call of each a round; a first round is not kept."""
-    seconds: dict[str, list[float]] = {name: [] for name in (*benches, *others)}
+
+    def step(name: str) -> None:
+        states[name] = jax.block_until_ready(benches[name].run(states[name]))
+
+    runs = {**{name: partial(step, name) for name in benches}, **others}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
-        for name, bench in benches.items():
+        # In an order of its own: what runs after a large program finds its pages given back and pays for new ones.
+        for name in np.random.default_rng(number).permutation(list(runs)).tolist():
             began = time.perf_counter()
-            states[name] = jax.block_until_ready(bench.run(states[name]))
-            seconds[name].append(time.perf_counter() - began)
-        for name, run in others.items():
-            began = time.perf_counter()
-            run()
+            runs[name]()
             seconds[name].append(time.perf_counter() - began)
         print(f"round {number + 1} of {rounds + 1}", end="\r", file=sys.stderr, flush=True)
     return {name: np.array(found[1:]) for name, found in seconds.items()}
@@ -326,7 +331,9 @@ def run(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "attention": attention(config, arguments.dtype, arguments.length),
         "rows": table,
         "seeds": side_by_side,
-        "compile": compile_table(shape, arguments.compile_layers, list(alone), options),
+        "compile": compile_table(shape, arguments.compile_layers, list(alone), options)
+        if arguments.compile_layers
+        else {},
     }
 
 

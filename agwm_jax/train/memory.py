@@ -116,8 +116,11 @@ def limit(built: Built, placement: Placement) -> int:
     if found is None:
         physical = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _container_limit())
         host = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((built.pretrained.params, built.initial.task)))
-        found = max(0, physical - _PROCESS - host) // len(devices)
-    return int(np.min(multihost_utils.process_allgather(np.array(found)))) if processes.several() else int(found)
+        found = int(max(0, physical - _PROCESS - host)) // len(devices)
+    if not processes.several():
+        return int(found)
+    mebibytes = np.array(found >> 20, np.int32)  # arrays of JAX hold 32 bits, too few for bytes
+    return int(np.min(multihost_utils.process_allgather(mebibytes))) << 20
 
 
 def _container_limit() -> float:

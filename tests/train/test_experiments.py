@@ -3,6 +3,8 @@
 import csv
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from agwm_jax import hypergrad
@@ -68,6 +70,9 @@ def benchmark(experiments, monkeypatch, tmp_path):
 
     monkeypatch.setitem(script.SHAPES, "minilm", (2, 16, 2, 32))
     monkeypatch.setattr(script, "matrix_product", lambda dtype: (lambda: None, 1000))
+    # These halve the time of compiling what runs for milliseconds.
+    quickly = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    monkeypatch.setattr(script, "compiler_options", lambda: quickly)
 
     def run(*options):
         words = ["--batch", "2", "--length", "8", "--rounds", "2", "--output", str(tmp_path), *options]
@@ -79,7 +84,16 @@ def benchmark(experiments, monkeypatch, tmp_path):
     return run
 
 
-def test_a_benchmark_writes_all_of_its_rows(benchmark):
+def test_a_benchmark_writes_all_of_its_rows(benchmark, monkeypatch):
+    # The second compilation of each, that from the cache, is left to the tests with fewer rows.
+    compile_step, compiled = benchmark.script.compile_step, {}
+
+    def once(program):
+        if program.step not in compiled:
+            compiled[program.step] = compile_step(program)
+        return compiled[program.step]
+
+    monkeypatch.setattr(benchmark.script, "compile_step", once)
     status, (result,), table = benchmark("--seeds", "2")
     assert status == 0
     assert len(result["rows"]) == 9
@@ -97,14 +111,20 @@ def test_a_benchmark_writes_all_of_its_rows(benchmark):
     assert "plain products (the device is no CUDA device" in result["attention"]
 
 
-def test_a_benchmark_compiles_at_several_depths(benchmark):
-    _, (result,), table = benchmark("--only", "first_order", "--layers", "3", "--compile-layers", "1", "2")
-    assert [row["program"] for row in result["rows"]] == ["plain step", "search, first_order"]
-    assert result["shape"]["num_hidden_layers"] == 3
-    assert {name: list(seconds) for name, seconds in result["compile"].items()} == {
-        "plain step": ["1", "2"],
-        "search, first_order": ["1", "2"],
-    }
+def test_a_benchmark_compiles_at_several_depths(benchmark, monkeypatch):
+    programs, depths = benchmark.script.programs, []
+
+    def noting(config, **options):
+        depths.append(config.num_hidden_layers)
+        return programs(config, **options)
+
+    monkeypatch.setattr(benchmark.script, "programs", noting)
+    _, (result,), table = benchmark("--only", "nothing", "--layers", "3", "--compile-layers", "1", "2")
+    (row,) = result["rows"]
+    assert row["program"] == "plain step"
+    assert row["cached_seconds"] < row["trace_seconds"] + row["compile_seconds"]
+    assert depths == [3, 1, 2]
+    assert list(result["compile"]["plain step"]) == ["1", "2"]
     assert "| trace and compile, s | 1 layers | 2 layers |" in table
     assert result["seeds"] == []
 
@@ -115,16 +135,47 @@ def test_utilisation_is_of_what_has_to_be_computed(experiments):
     import numpy as np
 
     costs = benchmark.Costs(pass_flops=100, matrix_flops=1000)
-    # In the second round everything took twice as long: the utilisation was the same.
-    assert costs.utilisation(4, np.array([2.0, 4.0, 2.0]), np.array([1.0, 2.0, 1.0])) == pytest.approx(0.2)
+    # In the second round everything took four times as long: the utilisation was the same.
+    assert costs.utilisation(4, np.array([2.0, 8.0]), np.array([1.0, 4.0])) == pytest.approx(0.2)
 
 
-def test_a_benchmark_of_seeds_says_what_memory_lacks(benchmark, monkeypatch):
-    monkeypatch.setattr(benchmark.script, "free_bytes", lambda: 1000)
-    _, (result,), table = benchmark("--only", "seeds", "--seeds", "2")
-    assert [row["program"] for row in result["rows"]] == ["plain step"]
-    assert ["lacking" in row for row in result["seeds"]] == [True, True]
-    assert "0.0 GB are free" in table
+def test_a_seed_is_held_against_one_alone_in_the_same_round(experiments):
+    import benchmark
+    import numpy as np
+    from benchmark_programs import Program
+
+    costs = benchmark.Costs(pass_flops=100, matrix_flops=1000)
+    bench = benchmark.Bench(lambda state: state, 400, 5, 1.0, 2.0, 3.0)
+    program = Program(None, None, None, None, None, fb=4.0, single="one")
+    seconds = {
+        "4 seeds, one": np.array([2.0, 4.0]),
+        "one": np.array([1.0, 2.0]),
+        benchmark.MATRIX: np.array([1.0, 2.0]),
+    }
+    row = benchmark.seeds_row(program, "4 seeds, one", 4, bench, seconds, costs)
+    assert (row["ratio"], row["ratio_quartiles"], row["seconds_per_seed"]) == (0.5, [0.5, 0.5], 0.75)
+    assert (row["utilisation"], row["single_utilisation"]) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert "| one | 4 | 0.750 | 1.500 | 0.50 (0.50 to 0.50) | 2.0 |" in benchmark._seeds_line(row)
+
+
+@pytest.mark.parametrize(("free", "runs"), [(1e9, True), (10, False)])
+def test_seeds_that_the_memory_does_not_hold_are_not_run(experiments, monkeypatch, free, runs):
+    import benchmark
+    from benchmark_programs import Program
+
+    def step(state, frozen, data):
+        return state + frozen * data, None
+
+    one = Program(step, step, jnp.ones(3), jnp.ones(3), jnp.ones(3), fb=1)
+    lanes = jax.vmap(step, (0, None, 0))
+    state = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    two = Program(lanes, lanes, state, one.frozen, jnp.ones((2, 3)), fb=2, single="one")
+    monkeypatch.setattr(benchmark, "free_bytes", lambda: free)
+    costs = benchmark.Costs(pass_flops=1, matrix_flops=1)
+    row = benchmark.time_side_by_side({"one": one, "2": two}, {}, "2", 2, 3, costs, lambda: None)
+    assert (row["program"], row["seeds"], "lacking" in row) == ("one", 2, not runs)
+    assert ("seconds_per_seed" in row) == runs
+    assert ("GB are free" in benchmark._seeds_line(row)) == (not runs)
 
 
 def test_options_of_a_benchmark(experiments, monkeypatch):

@@ -1,5 +1,7 @@
 """The estimate of memory against what the compiler counts, and what is chosen and refused because of it."""
 
+import csv
+
 import jax
 import numpy as np
 import pytest
@@ -197,3 +199,21 @@ def test_a_cpu_s_devices_share_its_memory(shapes, monkeypatch):
     alone, shared = memory.limit(built, one_device()), memory.limit(built, one_device(data=4))
     assert 9.3e9 < alone < 9.4e9
     assert shared == alone // 4
+
+
+def test_the_page_s_tables_and_figure_come_from_the_estimate_and_the_rows(request, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(request.config.rootpath / "experiments")
+    import scaling
+
+    docs = request.config.rootpath / "docs"
+    page = (docs / "scaling.md").read_text()
+    tables = {"constants": scaling.constants_table(), "memory bfloat16": scaling.memory_table("bfloat16")}
+    assert scaling.replace_blocks(page, tables) == page, "run: python experiments/scaling.py --only tables"
+    with (docs / "scaling.csv").open(newline="") as file:
+        rows = [{k: v if k == "grows" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert {row["grows"] for row in rows} == set(scaling.GROWS)
+    for row in rows:  # counted, so the same on every machine: nothing but attention grows faster than linearly
+        first = next(other for other in rows if other["grows"] == row["grows"])
+        faster = 1.2 if row["grows"] == "length" else 1.001
+        assert row["flops"] / first["flops"] <= faster * row["value"] / first["value"]
+    assert scaling.draw(rows, tmp_path / "figure.png").stat().st_size > 50_000
