@@ -20,7 +20,6 @@ from agwm_jax.data.plan import epoch_plan, search_plan, split_indices
 from agwm_jax.data.tasks import Task, drop_leaked, glue_task, glue_text_columns, hub_task, local_task, low_resource
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods import Method, Weights, agwm, frozen_alpha, vanilla
-from agwm_jax.methods.finetune import finetune_phase
 from agwm_jax.models.huggingface import Pretrained, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.schema import OptimizerConfig
@@ -179,7 +178,7 @@ def build_method(
         )
         plans.append({"inner": inner, "outer": outer})
     steps, inner_steps = plans[0]["inner"].shape[:2]
-    method = agwm(
+    return agwm(
         batch_loss(pretrained.apply, task.kind, reverse_only=not _takes_products(config)),
         plans,
         plan,
@@ -188,14 +187,12 @@ def build_method(
         outer_tx=build_optimizer(search.outer, num_steps=steps),
         finetune_tx=tx,
         mixed=mixed,
+        finetune_loss=loss,
         anchor=search.anchor,
         rollback=search.rollback,
         average=search.average,
         **start,
     )
-    # Finetune differentiates its loss once, whatever the search does.
-    finetune = finetune_phase(loss, plan, tx=tx, complement=mixup.complement)
-    return method._replace(stages=(*method.stages[:-1], (finetune,)))
 
 
 def _takes_products(config: Config) -> bool:

@@ -14,9 +14,10 @@ The first line of a table says which attention runs: there fused where no produc
 second command against: 10 seeds should cost no more than 4 single ones.
 
 Weights are random, dropout is off. The unit is one plain training step (forward, backward, AdamW). All programs are
-timed in turn, round after round and each round in another order, so that a machine that slows down slows all of them; a
-table has medians, and the ratio of each program to the plain step of the same round, with quartiles. Several seeds take
-turns with one of them.
+timed in turn, round after round and each round in another order, so that a machine that slows down slows all of them;
+each is called twice in a row and the second call is timed, for in training a step follows its like. A table has
+medians, and the ratio of each program to the plain step of the same round, with quartiles. Several seeds take turns
+with one of them.
 
 `utilisation` is that of the model's operations: what a program has to compute, from shapes (its forward-backward
 passes by the docstring of its estimator; nothing that is computed anew), in a second, against the rate of one large
@@ -117,7 +118,7 @@ def build(program: Program) -> Bench:
 def measure(
     benches: Mapping[str, Bench], states: dict[str, Any], others: Mapping[str, Callable[[], None]], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Seconds ``[rounds]`` of every program, one call of each a round; a first round is not kept."""
+    """Seconds ``[rounds]`` of every program, the second of two calls a round; a first round is not kept."""
 
     def step(name: str) -> None:
         states[name] = jax.block_until_ready(benches[name].run(states[name]))
@@ -125,8 +126,8 @@ def measure(
     runs = {**{name: partial(step, name) for name in benches}, **others}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
-        # In an order of its own: what runs after a large program finds its pages given back and pays for new ones.
         for name in np.random.default_rng(number).permutation(list(runs)).tolist():
+            runs[name]()  # after a larger program it finds its pages given back to the system, and pays for new ones
             began = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - began)
@@ -229,6 +230,8 @@ def time_side_by_side(
 def compile_table(shape: str, layers: Sequence[int], names: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
     """Seconds of tracing and compiling every program at some numbers of layers, ``{program: {layers: seconds}}``."""
     table: dict[str, Any] = {name: {} for name in names}
+    jax.config.update("jax_enable_compilation_cache", False)  # it holds the shape's own number of layers already
+    compilation_cache.reset_cache()
     for number in layers:
         config = configuration(shape, length=options["length"], layers=number)
         found = programs(config, **options, seeds=0)
@@ -236,6 +239,8 @@ def compile_table(shape: str, layers: Sequence[int], names: Sequence[str], optio
             _, traced, compiled = compile_step(found[name])
             table[name][number] = traced + compiled
             print(f"compiled {name}, {number} layers, in {compiled:.1f} s", file=sys.stderr, flush=True)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
     return table
 
 

@@ -25,6 +25,7 @@ def agwm(
     outer_tx: optax.GradientTransformation,
     finetune_tx: optax.GradientTransformation,
     mixed: tuple[str, ...],
+    finetune_loss: LossFn | None = None,
     rank: int | Literal["full"] = 1,
     noise: float = 0.005,
     complement: Complement = "convex",
@@ -42,6 +43,8 @@ def agwm(
         hypergrad: estimator of alpha's hypergradient.
         inner_tx, outer_tx, finetune_tx: optimisers of W in search, of alpha, and of W in finetune.
         mixed: the mixed paths, over which the anchor acts.
+        finetune_loss: the same function where finetune, which takes no products with second derivatives, can run a
+            faster one; None: `loss`.
         rank, noise: of alpha, see `agwm_jax.init_alpha`.
         complement, anchor: see `agwm_jax.mixup_problem`.
         rollback: see `agwm_jax.bilevel`.
@@ -79,5 +82,5 @@ def agwm(
         )
         for index, plan in enumerate(search_plans)
     )
-    finetune = finetune_phase(loss, finetune_plan, tx=finetune_tx, complement=complement)
+    finetune = finetune_phase(finetune_loss or loss, finetune_plan, tx=finetune_tx, complement=complement)
     return Method(partial(init_alpha, rank=rank, noise=noise), (searches, (finetune,)))

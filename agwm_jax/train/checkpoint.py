@@ -108,8 +108,8 @@ class Checkpoints:
             if not same_lanes:
                 raise AgwmError(
                     f"the checkpoints in {self._folder} are of {_lanes(position)}, this run would train "
-                    f"{_lanes(expected)}; continue with the same run.seeds and run.vectorize, or remove that folder to "
-                    "start anew."
+                    f"{_lanes(expected)}; continue with the same run.seeds and run.vectorize {_vectorize(position)}, "
+                    "or remove that folder to start anew."
                 )
             raise AgwmError(
                 f"the checkpoints in {self._folder} were made with other training data or another pretrained model: "
@@ -159,6 +159,13 @@ def abstract(tree, shardings):
 def _lanes(position: Position) -> str:
     seeds = "seed " + str(position.seeds[0]) if len(position.seeds) == 1 else f"seeds {position.seeds} side by side"
     return seeds + (", all splits at once" if position.together else "")
+
+
+def _vectorize(position: Position) -> str:
+    """The setting that puts the same side by side, on any machine."""
+    if len(position.seeds) == 1:
+        return "splits" if position.together else "none"
+    return "all" if position.together else "seeds"
 
 
 def _first_line(error: Exception) -> str:

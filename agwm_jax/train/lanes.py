@@ -315,4 +315,5 @@ def compiler_options() -> dict[str, Any]:
     Its CPU backend orders a program such that independent gradients can run at once, and then holds the activations of
     all of them; in order of memory they are no slower where one gradient fills the cores (CHANGELOG, 0.2.0).
     """
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
+    # Not xla_cpu_enable_concurrency_optimized_scheduler: as an option of one program that is taken, and not read.
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {}

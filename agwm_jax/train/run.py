@@ -26,7 +26,7 @@ from agwm_jax.train.loop import Interrupted, Layout, fit
 from agwm_jax.train.memory import build_placement, choose
 from agwm_jax.train.recorder import Recorders
 from agwm_jax.train.result import describe
-from agwm_jax.train.sharding import Placement, check_model, gather_to_main, place
+from agwm_jax.train.sharding import SEED, Placement, check_model, gather_to_main, place
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
@@ -94,8 +94,14 @@ def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> None
         intermediate_size=built[0].pretrained.config.intermediate_size,
         batch_size=config.data.batch_size,
     )
+    # By all seeds and not by those that are left: a group that was stopped must find the lanes of its checkpoint.
+    side_by_side = choose(config, built[0], placement, num_seeds=len(configs))
     seeds = [_Seed(*pair) for pair in zip(configs, built, strict=True) if not _is_finished(pair[0])]
-    side_by_side = choose(config, built[0], placement, num_seeds=len(seeds))
+    if len(seeds) % placement.mesh.shape[SEED]:
+        raise AgwmError(
+            f"mesh.seed {placement.mesh.shape[SEED]} does not divide the {len(seeds)} seeds that have no result yet: "
+            "say mesh.seed 1."
+        )
     prepared = (time.perf_counter() - began) / len(seeds)
     diverged: dict[int, str] = {}
     for first in range(0, len(seeds), side_by_side.seeds):

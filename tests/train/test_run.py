@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 from agwm_jax.build import build
 from agwm_jax.config import config_fingerprint, load_config
 from agwm_jax.errors import AgwmError
+from agwm_jax.train import run
 from agwm_jax.train.evaluate import evaluate_run, export_run, predict_run
+from agwm_jax.train.memory import SideBySide
 from agwm_jax.train.run import train, train_seeds
 from agwm_jax.train.run_folder import claimed, load_alpha, weights_digest
 
@@ -204,20 +206,19 @@ CONJUGATE_GRADIENT = [
     "overrides",
     [
         ["--hypergradient.estimator", "first_order", "--search.rollback", "false", "--mixup.rank", "2"],
-        ["--hypergradient.estimator", "neumann", "--search.anchor", "0.1", "--model.pooling", "mean"],
         ["--hypergradient.estimator", "unrolled", "--search.inner_steps", "2", "--mixup.rank", "full"],
-        [*CONJUGATE_GRADIENT, "--search.anchor", "0.1"],
+        [*CONJUGATE_GRADIENT, "--search.anchor", "0.1", "--model.pooling", "mean"],
         ["--hypergradient.estimator", "penalty", "--hypergradient.growth", "1.0", "--search.anchor", "0.1"],
         ["--model.dtype", "bfloat16", "--mixup.complement", "factored", "--search.average", "alpha"],
         ["--mixup.frozen", r"embeddings\..*", "--search.outer.gradient_clip", "1.0", "--data.pad_to", "0.5"],
     ],
-    ids=["first_order", "neumann", "unrolled", "conjugate_gradient", "penalty", "bfloat16", "frozen"],
+    ids=["first_order", "unrolled", "conjugate_gradient", "penalty", "bfloat16", "frozen"],
 )
 def test_settings_change_the_run_and_it_ends_finite(configure, agwm_run, overrides):
     result = train(configure(*overrides), progress=False)
     lines = records(_folder(configure()))
     usual = records(agwm_run[1])
-    losses, usual_losses = ([r["loss"] for r in run if r["phase"] == "search-0"] for run in (lines, usual))
+    losses, usual_losses = ([r["loss"] for r in found if r["phase"] == "search-0"] for found in (lines, usual))
     assert losses != usual_losses[: len(losses)], "a setting that changes nothing is not read"
     assert all(np.isfinite([r["loss"] for r in lines]))
     # Warm-up starts at 0, so W is W0 when the first step ends, and alpha has no gradient there.
@@ -299,6 +300,23 @@ def test_seeds_side_by_side_get_a_folder_each_and_learn_what_they_would_alone(co
     before = (folders[1] / "result.json").stat().st_mtime_ns
     assert [result["seed"] for result in train_seeds(more, progress=False)] == [0, 1, 2]
     assert (folders[1] / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_goes_on_keeps_the_lanes_that_all_seeds_would_have(configure, monkeypatch):
+    asked, groups = [], []
+
+    def choice(*args, num_seeds):
+        asked.append(num_seeds)
+        return SideBySide(2, 1)
+
+    monkeypatch.setattr(run, "choose", choice)
+    monkeypatch.setattr(run, "_is_finished", lambda config: config.run.seed == 0)
+    monkeypatch.setattr(run, "_train_group", lambda config, group, *_, **__: groups.append(group) or {})
+    train_seeds(configure("--seeds", "[0, 1, 2, 3]"), progress=False)
+    assert asked == [4]
+    assert [[seed.config.run.seed for seed in group] for group in groups] == [[1, 2], [3]]
+    with pytest.raises(AgwmError, match=r"mesh\.seed 2 does not divide the 3 seeds that have no result yet"):
+        train_seeds(configure("--seeds", "[0, 1, 2, 3]", "--mesh.seed", "2"), progress=False)
 
 
 def test_no_loss_means_stop_with_the_last_good_state_kept(configure):
