@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     code = _guarded(arguments)
     processes = sys.modules.get("agwm_jax.train.processes")
-    if code in (UNEXPECTED, MISTAKE) and processes is not None:
+    if code != OK and processes is not None:
         processes.leave(code)  # one of several processes: the others may wait for it
     return code
 
@@ -135,10 +135,11 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config(parsed.config, overrides)
     _connect(parsed)
+    from agwm_jax.train import processes
     from agwm_jax.train.run import train_seeds
 
     results = train_seeds(config)
-    if parsed.process_id:  # the main process speaks for all
+    if not processes.is_main():  # which speaks for all
         return OK
     what = f"{results[0]['task']}: {results[0]['metric']} on {results[0]['split']}"
     scores = [result["score"] for result in results]
@@ -161,7 +162,9 @@ def _connect(parsed: argparse.Namespace) -> None:
             return
     from agwm_jax.train import processes
 
-    address = parsed.coordinator or os.environ["JAX_COORDINATOR_ADDRESS"]
+    # An address in the environment comes with the rest in the environment, or from the cluster.
+    by_hand = parsed.num_processes is not None or parsed.process_id is not None
+    address = parsed.coordinator or (os.environ["JAX_COORDINATOR_ADDRESS"] if by_hand else "auto")
     processes.connect(processes.Launch(address, parsed.num_processes, parsed.process_id))
 
 
@@ -259,7 +262,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         if "No space left on device" in str(cause):
             return _DISK_FAULTS[errno.ENOSPC], MISTAKE
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory; lower --data.batch_size or --data.max_length", MISTAKE
+        return "out of memory; say --run.vectorize none, or lower --data.batch_size or --data.max_length", MISTAKE
     missing = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and missing and not missing.startswith("agwm_jax"):
         return f"the package {missing} is not installed; pip install 'agwm-jax[train]'", MISTAKE

@@ -6,3 +6,7 @@ class AgwmError(ValueError):
 
     The command line prints the text alone and ends with exit code 2; it never shows a traceback for it.
     """
+
+
+class Diverged(AgwmError):
+    """All that a program trained diverged."""

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agwm_jax.cli import MISTAKE, OK
 from agwm_jax.config import load_config
 from agwm_jax.errors import AgwmError
 from agwm_jax.report import write_report
@@ -24,7 +25,7 @@ METHODS = ("vanilla", "frozen_alpha", "agwm")
 
 
 def main() -> int:
-    """Train what is not trained yet, then write the report; the exit code of the first run that fails."""
+    """Train what is not trained yet, then write the report; the exit code of what failed, 2 where seeds diverged."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the task and the settings")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -48,7 +49,7 @@ def main() -> int:
         return 2
     print(f"\n{report.markdown}")
     print("Written:", *(f"  {path}" for path in report.files), sep="\n")
-    return 0
+    return OK if len(folders) == len(arguments.methods) * len(arguments.seeds) else MISTAKE
 
 
 def run_all(
@@ -60,7 +61,7 @@ def run_all(
     *,
     equal_passes: bool,
 ) -> list[Path]:
-    """Run every method with all seeds, or what is left of it; the run folders.
+    """Run every method with all seeds, or what is left of it; the run folders of those that did not diverge.
 
     Raises:
         AgwmError: bad settings.
@@ -73,20 +74,22 @@ def run_all(
         print(f"[{number}/{len(methods)}] {method}, seeds {listed}", flush=True)
         passes = all_passes if equal_passes and method != "agwm" else []
         own = ["--method", method, "--seeds", f"[{listed}]", "--output", str(output / method)]
-        _train(["--config", str(config), *settings, *passes, *own])
-    return [output / method / f"seed-{seed}" for seed in seeds for method in methods]
+        code = _train(["--config", str(config), *settings, *passes, *own])
+        some_diverged = code == MISTAKE and any((output / method).glob("seed-*/result.json"))
+        if code and not some_diverged:  # else the other methods are worth comparing all the same
+            raise SystemExit(code)
+    folders = [output / method / f"seed-{seed}" for seed in seeds for method in methods]
+    return [folder for folder in folders if (folder / "result.json").exists()]
 
 
-def _train(arguments: Sequence[str]) -> None:
+def _train(arguments: Sequence[str]) -> int:
     child = subprocess.Popen([sys.executable, "-m", "agwm_jax", "train", *arguments])
     # Ctrl-C reaches the child too, which saves its state and says how to continue: wait for that.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        code = child.wait()
+        return child.wait()
     finally:
         signal.signal(signal.SIGINT, before)
-    if code:
-        raise SystemExit(code)
 
 
 if __name__ == "__main__":

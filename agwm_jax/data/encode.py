@@ -29,13 +29,15 @@ class EncodingReport(NamedTuple):
     Attributes:
       length: t, tokens per example after padding.
       longest: tokens of the longest example before truncation.
-      truncated: examples cut to `length`.
+      limit: tokens that longer examples were cut to.
+      truncated: how many were.
       examples: n.
       padding: share of the n * t tokens that is padding.
     """
 
     length: int
     longest: int
+    limit: int
     truncated: int
     examples: int
     padding: float
@@ -109,7 +111,7 @@ def encode(
     dtype = np.float32 if kind == "regression" else np.int32
     labels = np.asarray(split["label"], dtype) if "label" in split.column_names else np.zeros(n, dtype)
     encoded = Encoded(attention_mask=mask.astype(np.int32), labels=labels, **arrays)
-    return encoded, EncodingReport(length, longest, int(long.size), n, float(1 - mask.mean()))
+    return encoded, EncodingReport(length, longest, length, int(long.size), n, float(1 - mask.mean()))
 
 
 def encode_task(

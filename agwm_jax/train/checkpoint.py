@@ -26,6 +26,8 @@ class Position(NamedTuple):
     """Of the runs that go side by side."""
     together: bool
     """Whether the searches on different splits do."""
+    diverged: dict[str, str]
+    """What happened to each that was given up, by its place among the seeds (a string, as JSON has it)."""
 
 
 class Checkpoints:
@@ -80,42 +82,59 @@ class Checkpoints:
             AgwmError: the checkpoint belongs to other data, to other seeds or splits, or is whole but cannot be read;
                 nothing is removed then.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            # All processes look before one of them removes anything.
-            whole = not processes.any_of(not self._is_whole(step))
-            if not whole:
-                log.warning(
-                    "checkpoint %s is damaged: a file differs from what was written. It is removed, falling back to "
-                    "the one before, or to the start where there is none.",
-                    self._folder / str(step),
-                )
-                self._manager.delete(step)
-                continue
-            try:
-                content = self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
-                content = dict(content["position"])
-                fingerprint = content.pop("fingerprint")
-                position = Position(**content)
-                same_lanes = (position.seeds, position.together) == (expected.seeds, expected.together)
-                if fingerprint == self._fingerprint and same_lanes:
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
-                    return position, self._manager.restore(step, args=args)["state"]
-            except Exception as error:  # Orbax raises what it likes
-                raise processes.lost(error) or AgwmError(
-                    f"checkpoint {self._folder / str(step)} is whole but cannot be read ({_first_line(error)}); was it "
-                    "written by another version? Continue with that version, or choose another --run.output."
-                ) from error
-            if not same_lanes:
-                raise AgwmError(
-                    f"the checkpoints in {self._folder} are of {_lanes(position)}, this run would train "
-                    f"{_lanes(expected)}; continue with the same run.seeds and run.vectorize {_vectorize(position)}, "
-                    "or remove that folder to start anew."
-                )
+        newest = self._newest()
+        if newest is None:
+            return None
+        step, fingerprint, position = newest
+        if (position.seeds, position.together) != (expected.seeds, expected.together):
+            raise AgwmError(
+                f"the checkpoints in {self._folder} are of {_lanes(position)}, this run would train "
+                f"{_lanes(expected)}; continue with run.vectorize auto, which keeps to what was begun, or remove that "
+                "folder to start anew."
+            )
+        if fingerprint != self._fingerprint:
             raise AgwmError(
                 f"the checkpoints in {self._folder} were made with other training data or another pretrained model: "
                 "one of them changed since; restore it, or choose another --run.output to start anew."
             )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
+        return position, self._read(step, args)["state"]
+
+    def position(self) -> Position | None:
+        """Of the newest checkpoint that is whole, or None; damaged ones are removed."""
+        newest = self._newest()
+        return None if newest is None else newest[2]
+
+    def _newest(self) -> tuple[int, str, Position] | None:
+        """Global step, fingerprint and position of the newest that is whole."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            # All processes look before one of them removes anything.
+            if not processes.any_of(not self._is_whole(step)):
+                content = dict(self._read(step, ocp.args.Composite(position=ocp.args.JsonRestore()))["position"])
+                fingerprint = content.pop("fingerprint")
+                try:
+                    return step, fingerprint, Position(**content)
+                except TypeError as error:
+                    raise self._unreadable(step, error) from error
+            log.warning(
+                "checkpoint %s is damaged: a file differs from what was written. It is removed, falling back to "
+                "the one before, or to the start where there is none.",
+                self._folder / str(step),
+            )
+            self._manager.delete(step)
         return None
+
+    def _read(self, step: int, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax raises what it likes
+            raise processes.lost(error) or self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> AgwmError:
+        return AgwmError(
+            f"checkpoint {self._folder / str(step)} is whole but cannot be read ({_first_line(error)}); was it written "
+            "by another version? Continue with that version, or choose another --run.output."
+        )
 
     @property
     def latest(self) -> int | None:
@@ -159,13 +178,6 @@ def abstract(tree, shardings):
 def _lanes(position: Position) -> str:
     seeds = "seed " + str(position.seeds[0]) if len(position.seeds) == 1 else f"seeds {position.seeds} side by side"
     return seeds + (", all splits at once" if position.together else "")
-
-
-def _vectorize(position: Position) -> str:
-    """The setting that puts the same side by side, on any machine."""
-    if len(position.seeds) == 1:
-        return "splits" if position.together else "none"
-    return "all" if position.together else "seeds"
 
 
 def _first_line(error: Exception) -> str:

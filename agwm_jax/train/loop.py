@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from agwm_jax.errors import AgwmError
+from agwm_jax.errors import Diverged
 from agwm_jax.methods.phase import Weights
 from agwm_jax.train import processes
 from agwm_jax.train.checkpoint import Checkpoints, Position, abstract
@@ -68,7 +68,8 @@ def fit(
         checkpoint_steps: steps between checkpoints; 0 for the ends of phases only.
 
     Raises:
-        AgwmError: no loss is finite any longer, or the checkpoint is one of other seeds.
+        Diverged: no loss is finite any longer.
+        AgwmError: the checkpoint is one of other seeds.
         Interrupted: after saving, on SIGINT or SIGTERM.
     """
     with jax.set_mesh(layout.placement.mesh), recorders, _deferred_signals() as interrupted:
@@ -93,7 +94,7 @@ class _Fit:
         self.chunk_steps, self.checkpoint_steps = chunk_steps, checkpoint_steps
         self.rounds = rounds(members[0].method, together=layout.together)
         self.offsets = np.cumsum([0, *(phase.num_steps for phase in members[0].method.phases)]).tolist()
-        self.start = Position(0, 0, {}, [member.seed for member in members], layout.together)
+        self.start = Position(0, 0, {}, [member.seed for member in members], layout.together, {})
         self.programs: dict[Any, Program] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
@@ -102,6 +103,7 @@ class _Fit:
         position, saved = (self.start, {}) if found is None else found
         carry, state = saved.get("carry"), saved.get("state")
         self.seconds.update(position.seconds)
+        self.recorders.diverged.update({int(member): sentence for member, sentence in position.diverged.items()})
         self.recorders.open(lambda phase, step: self._lies_before(position, phase, step))
         if found is not None:
             self.recorders.say(f"continuing in {self.rounds[position.round].name} after step {position.step}")
@@ -161,20 +163,16 @@ class _Fit:
     def _give_up(self, member: int, phase: str, what: str, value: str, step: int) -> None:
         if member in self.recorders.diverged:
             return
-        latest = self.checkpoints.latest
-        kept = "there is no checkpoint before it"
-        if latest is not None:
-            kept = f"the checkpoint of step {latest} of the run is kept"
         sentence = (
-            f"{phase}: {what} became {value} at step {step}; {kept}. Lower the learning rate (search.inner, "
-            "search.outer or finetune.optimizer), or the step size of a Neumann series, and start in a new "
-            "--run.output."
+            f"{phase}: {what} became {value} at step {step}; lower the learning rate (search.inner, search.outer or "
+            "finetune.optimizer), or the step size of a Neumann series, and start in a new --run.output"
         )
         self.recorders.give_up(member, sentence)
         if len(self.recorders.diverged) == len(self.group.members):
-            raise AgwmError(
-                sentence if len(self.group.members) == 1 else f"all seeds diverged, the last so: {sentence}"
-            )
+            latest = self.checkpoints.latest
+            kept = "there is no checkpoint" if latest is None else f"the checkpoint of step {latest} is kept"
+            last = "" if len(self.group.members) == 1 else "all that went side by side diverged, the last so: "
+            raise Diverged(f"{last}{sentence} ({kept}).")
 
     def _save(self, number: int, step: int, lanes: Lanes, program: Program, state, carry) -> None:
         """A checkpoint of a state that is worth one."""
@@ -182,7 +180,8 @@ class _Fit:
         for lane in np.flatnonzero(~np.asarray(program.finite(state))):
             member, phase, _ = lanes.member_and_phase(int(lane))
             self._give_up(member, phase.name, "a weight", "not finite", step - 1)
-        position = self.start._replace(round=number, step=step, seconds=dict(self.seconds))
+        diverged = {str(place): sentence for place, sentence in self.recorders.diverged.items()}
+        position = self.start._replace(round=number, step=step, seconds=dict(self.seconds), diverged=diverged)
         content = {"state": state} if carry is None else {"state": state, "carry": carry}
         total = self.offsets[lanes.round.numbers[0]] + len(lanes.round.phases) * step
         self.checkpoints.save(total, position, content)
@@ -209,12 +208,10 @@ class _Fit:
         return False
 
     def _by_member(self, carry) -> list[Weights | None]:
-        def pick(member: int) -> Weights:
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), carry)
-            shardings = self.layout.placement.of_tree(one, self.group.weights)
-            return jax.jit(lambda tree: jax.tree.map(lambda x: x[member], tree), out_shardings=shardings)(carry)
-
-        return [None if i in self.recorders.diverged else pick(i) for i in range(len(self.group.members))]
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), carry)
+        shardings = self.layout.placement.of_tree(one, self.group.weights)
+        pick = jax.jit(lambda tree, member: jax.tree.map(lambda x: x[member], tree), out_shardings=shardings)
+        return [None if i in self.recorders.diverged else pick(carry, i) for i in range(len(self.group.members))]
 
 
 def _next_stop(step: int, num_steps: int, chunk_steps: int, checkpoint_steps: int) -> int:

@@ -107,7 +107,7 @@ def _state(phase: Phase, built: Built):
 
 
 def limit(built: Built, placement: Placement) -> int:
-    """Bytes of the smallest device of the mesh; on a CPU its share of the memory, less what the process holds beside.
+    """Bytes of a device, the least over processes; on a CPU its share of the memory, less what the process needs.
 
     That is as much at every start of a run, whatever else runs: a run that is continued must choose what it chose.
     """
@@ -208,10 +208,11 @@ def _remedies(
     one = SideBySide(placement.mesh.shape[SEED], 1)
     if side != one:
         auto = _changed(config, "run", vectorize="auto")
-        for fewer in list(_candidates(auto, placement, num_seeds))[:-1] if not num_seeds % one.seeds else ():
-            if fewer.seeds * fewer.splits < side.seeds * side.splits:
+        for fewer in _candidates(auto, placement, num_seeds) if not num_seeds % one.seeds else ():
+            if fewer != ALONE and fewer.seeds * fewer.splits < side.seeds * side.splits:
                 yield f"run.vectorize auto with {_counted(fewer)} at once", auto, placement, fewer
-        yield "run.vectorize none", _changed(config, "run", vectorize="none"), placement, one
+        if one == ALONE:
+            yield "run.vectorize none", _changed(config, "run", vectorize="none"), placement, one
     data = placement.mesh.shape[DATA]
     if data > 1 and not placement.fully_sharded:
         words = f"mesh.fully_sharded true on these {placement.mesh.size} devices"

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from agwm_jax.errors import AgwmError
 
 _HEARTBEAT_SECONDS = 60  # after so long without a sign of life a process is given up
 _MESSAGE_BYTES = 2000
+_SHARED_FILE_SECONDS = 15  # a network file system may show a new file late
 _LAST_WORDS_SECONDS = 3  # for the others to say what they met
 
 
@@ -75,6 +77,14 @@ def is_main() -> bool:
 def any_of(flag: bool) -> bool:
     """Whether any process says so; all must ask."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+
+
+def all_see(path: Path) -> bool:
+    """Whether a file that the main process has written is there for every process; all must ask."""
+    deadline = time.monotonic() + _SHARED_FILE_SECONDS
+    while several() and not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not any_of(not path.exists())
 
 
 def wait_for_all(what: str) -> None:

@@ -79,7 +79,7 @@ def _truncations(built: Built) -> list[dict[str, str]]:
     return [
         {
             "name": "texts_truncated",
-            "message": f"{report.truncated} of {report.examples} texts of split {split} were cut to {report.length} "
+            "message": f"{report.truncated} of {report.examples} texts of split {split} were cut to {report.limit} "
             f"tokens (the longest has {report.longest}): raise data.max_length or data.pad_to.",
         }
         for split, report in built.encoding.items()

@@ -1,8 +1,8 @@
 """One run from a config to a result: build, fit, score, and write what outlives it."""
 
 import contextlib
-import functools
 import hashlib
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ import numpy as np
 from agwm_jax.build import Built, build_seeds
 from agwm_jax.config import Config, seed_configs
 from agwm_jax.core.mixup import mix
-from agwm_jax.errors import AgwmError
+from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.methods.phase import Weights
 from agwm_jax.schema.hypergradient import Implicit, Penalty
 from agwm_jax.train import processes, run_folder
 from agwm_jax.train.checkpoint import Checkpoints
 from agwm_jax.train.evaluate import export_run, predict_logits, text_columns
+from agwm_jax.train.groups import checkpoint_folder, note, plan_groups
 from agwm_jax.train.lanes import Member
 from agwm_jax.train.loop import Interrupted, Layout, fit
 from agwm_jax.train.memory import build_placement, choose
@@ -46,21 +47,23 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
         warnings.
 
     Raises:
-        AgwmError: bad settings or data, a folder of another run, a mesh or a memory that does not fit, a loss that is
-            not finite (the results of other seeds are written all the same).
+        Diverged: the loss of some seeds is not finite; the results of the others are written all the same.
+        AgwmError: bad settings or data, a folder of another run, a mesh or a memory that does not fit.
         Interrupted: Ctrl-C; the state is saved.
     """
     configs = seed_configs(config)
     folders = [Path(one.run.output) for one in configs]
     for folder, one in zip(folders, configs, strict=True):
         run_folder.check(folder, one)
+    diverged: dict[int, str] = {}
     try:
         if any(run_folder.read_result(folder) is None for folder in folders):
-            _train(config, configs, progress=progress)
+            diverged = _train(config, configs, progress=progress)
         processes.wait_for_all("the results are written")
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         if config.run.export and processes.is_main():
-            _export([folder for folder in folders if not (folder / "export").exists()])
+            finished = [folder for folder in folders if (folder / "result.json").exists()]
+            _export([folder for folder in finished if not (folder / "export").exists()])
     except Interrupted:
         raise
     except KeyboardInterrupt:
@@ -70,6 +73,11 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
         if lost is None:
             raise
         raise lost from error
+    if diverged and len(configs) == 1:
+        raise Diverged(*diverged.values())
+    if diverged:
+        each = " ".join(f"seed {seed}: {sentence}" for seed, sentence in diverged.items())
+        raise Diverged(f"{len(diverged)} of {len(configs)} seeds diverged, the results of the others stand. {each}")
     return results
 
 
@@ -80,8 +88,10 @@ def _export(folders: Sequence[Path]) -> None:
             warnings.warn(f"exported, but transformers will not give the same logits: {deviation}", stacklevel=3)
 
 
-def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> None:
-    """Train the seeds that have no result, in as few groups as `run.vectorize` allows."""
+def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> dict[int, str]:
+    """Train the seeds that have no result, in as few groups as `run.vectorize` allows; what happened to those that
+    diverged.
+    """
     _set_compilation_cache(config.run.compilation_cache)
     _warn_about_identifiability(config)
     began = time.perf_counter()
@@ -94,23 +104,27 @@ def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> None
         intermediate_size=built[0].pretrained.config.intermediate_size,
         batch_size=config.data.batch_size,
     )
-    # By all seeds and not by those that are left: a group that was stopped must find the lanes of its checkpoint.
     side_by_side = choose(config, built[0], placement, num_seeds=len(configs))
-    seeds = [_Seed(*pair) for pair in zip(configs, built, strict=True) if not _is_finished(pair[0])]
-    if len(seeds) % placement.mesh.shape[SEED]:
-        raise AgwmError(
-            f"mesh.seed {placement.mesh.shape[SEED]} does not divide the {len(seeds)} seeds that have no result yet: "
-            "say mesh.seed 1."
-        )
-    prepared = (time.perf_counter() - began) / len(seeds)
+    seeds = {one.run.seed: _Seed(one, own) for one, own in zip(configs, built, strict=True)}
+    folders = {number: seed.folder for number, seed in seeds.items()}
+    groups = plan_groups(
+        Path(config.run.output),
+        folders,
+        finished=[number for number, folder in folders.items() if run_folder.read_result(folder) is not None],
+        at_once=side_by_side.seeds,
+        mesh_seed=placement.mesh.shape[SEED],
+    )
+    prepared = (time.perf_counter() - began) / sum(map(len, groups))
     diverged: dict[int, str] = {}
-    for first in range(0, len(seeds), side_by_side.seeds):
-        group = seeds[first : first + side_by_side.seeds]
+    for group in groups:
+        where = checkpoint_folder(Path(config.run.output), folders, group)
         layout = Layout(placement, side_by_side.splits > 1)
-        diverged |= _train_group(config, group, layout, prepared=prepared, progress=progress)
-    if diverged:
-        listed = "; ".join(f"seed {seed}: {sentence}" for seed, sentence in diverged.items())
-        raise AgwmError(f"{len(diverged)} of {len(configs)} seeds diverged, the results of the others stand. {listed}")
+        try:
+            members = [seeds[number] for number in group]
+            diverged |= _train_group(config, members, where, layout, prepared=prepared, progress=progress)
+        except Diverged as error:
+            diverged |= dict.fromkeys(group, str(error))
+    return diverged
 
 
 def _on_the_host() -> contextlib.AbstractContextManager:
@@ -132,29 +146,34 @@ class _Seed(NamedTuple):
     def folder(self) -> Path:
         return Path(self.config.run.output)
 
-
-def _is_finished(config: Config) -> bool:
-    return run_folder.read_result(Path(config.run.output)) is not None
+    @property
+    def is_finished(self) -> bool:
+        return run_folder.read_result(self.folder) is not None
 
 
 def _train_group(
-    config: Config, group: Sequence[_Seed], layout: Layout, *, prepared: float, progress: bool
+    config: Config, group: Sequence[_Seed], where: Path, layout: Layout, *, prepared: float, progress: bool
 ) -> dict[int, str]:
-    """Train seeds side by side and write what outlives them; what happened to those that diverged."""
+    """Train seeds side by side, their checkpoints in `where`, and write what outlives them; what happened to those that
+    diverged.
+    """
     digests = [run_folder.weights_digest(seed.built.pretrained.params) for seed in group]
-    folder = group[0].folder if len(group) == 1 else Path(config.run.output)
+    left = [number for number, seed in enumerate(group) if not seed.is_finished]
     # Not before: settings or data that are refused leave no folder behind.
     with contextlib.ExitStack() as stack:
-        _claim(stack, group)
+        _claim(stack, group, where)
         checkpoints = stack.enter_context(
             contextlib.closing(
                 Checkpoints(
-                    folder / "checkpoints",
+                    where,
                     keep=config.run.keep_checkpoints,
                     fingerprint=f"{' '.join(digests)} {_data_fingerprint([seed.built for seed in group])}",
                 )
             )
         )
+        begun = checkpoints.position()
+        if begun is not None and config.run.vectorize == "auto":  # what was begun goes on as it was
+            layout = layout._replace(together=begun.together)
         recorders = Recorders(
             [seed.folder for seed in group],
             [f"seed {seed.config.run.seed}" if len(group) > 1 else "" for seed in group],
@@ -172,21 +191,35 @@ def _train_group(
         )
         seconds = {"prepare": prepared, **{name: value / len(group) for name, value in outcome.seconds.items()}}
         for number, (seed, digest, weights) in enumerate(zip(group, digests, outcome.weights, strict=True)):
-            if weights is not None:
+            if weights is not None and number in left:
                 _write(seed, digest, weights, layout, seconds, recorders, number)
         checkpoints.delete()
+    if len(group) > 1 and processes.is_main():
+        shutil.rmtree(where, ignore_errors=True)
     return {group[number].config.run.seed: sentence for number, sentence in outcome.diverged.items()}
 
 
-def _claim(stack: contextlib.ExitStack, group: Sequence[_Seed]) -> None:
-    """Lock every folder of a group; the main process does, and all hear of it where it cannot."""
+def _claim(stack: contextlib.ExitStack, group: Sequence[_Seed], where: Path) -> None:
+    """Lock every folder of a group; the main process does, and all hear of it where it cannot.
+
+    Raises:
+        AgwmError: another run has one, or a process does not see what the main process made.
+    """
     refused = None
     try:
-        for seed in group if processes.is_main() else ():
-            stack.enter_context(run_folder.claimed(seed.folder, seed.config))
+        if processes.is_main():
+            for seed in group:
+                stack.enter_context(run_folder.claimed(seed.folder, seed.config))
+            note(where, tuple(seed.config.run.seed for seed in group))
     except AgwmError as error:
         refused = error
     processes.fail_together(refused)
+    folder = group[0].folder
+    if not processes.all_see(folder / "config.yaml"):
+        raise AgwmError(
+            f"a process does not see {folder}, which process 0 made: all of them write and read checkpoints there, so "
+            "--run.output must lie on a file system that the hosts share."
+        )
 
 
 def _member(seed: _Seed) -> Member:
@@ -230,7 +263,7 @@ def _logits(config: Config, built: Built, weights: Weights, placement: Placement
     shapes = {path: x.shape for path, x in built.pretrained.params.items()}
     frozen = place(built.frozen, placement.of_tree(built.frozen, shapes))
     with jax.set_mesh(placement.mesh):
-        params = jax.jit(functools.partial(mix, complement=config.mixup.complement))(frozen, *weights)
+        params = _mixed(frozen, *weights, complement=config.mixup.complement)
         return {
             split: predict_logits(
                 built.pretrained.apply, params, encoded, batch_size=config.data.eval_batch_size, placement=placement
@@ -238,6 +271,9 @@ def _logits(config: Config, built: Built, weights: Weights, placement: Placement
             for split, encoded in built.encoded.items()
             if split != "train"
         }
+
+
+_mixed = jax.jit(mix, static_argnames="complement")  # compiled once for all seeds
 
 
 def _set_compilation_cache(folder: str | None) -> None:

@@ -26,7 +26,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embeddings\.\w+\.embedding", (_WHOLE, _SHARD)),
 )
 """Where the axes of a weight lie, first match first; ``shard``: over `data` where weights are fully sharded. A weight
-without a rule (biases, layer norms, the head) lies on every device whole."""
+without a rule (other biases, layer norms, the head) lies on every device whole."""
 
 
 class Placement(NamedTuple):
@@ -170,9 +170,11 @@ def place(tree, shardings):
 def gather_to_main(tree, placement: Placement):
     """The arrays on the host: in the main process whole, in the others nothing (None); all must call it."""
 
+    whole = jax.jit(lambda x: x, out_shardings=placement.replicated)
+
     def one(x: jax.Array) -> np.ndarray | None:
         if not x.is_fully_addressable:  # leaf by leaf: not all weights are on a device whole at once
-            x = jax.jit(lambda x: x, out_shardings=placement.replicated)(x)
+            x = whole(x)
         return np.asarray(x) if jax.process_index() == 0 else None
 
     gathered = jax.tree.map(one, tree)

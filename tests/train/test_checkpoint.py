@@ -27,7 +27,7 @@ def restore(checkpoints):
 
 
 def at(step, seeds=(0,), together=False):
-    return Position(0, step, {"finetune": 1.5 * step}, list(seeds), together)
+    return Position(0, step, {"finetune": 1.5 * step}, list(seeds), together, {})
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_other_data_is_refused_and_nothing_is_deleted(folder):
     [(at(0, seeds=(0, 1)), "would train seeds [0, 1] side by side"), (at(0, together=True), "all splits at once")],
 )
 def test_other_seeds_or_splits_are_refused_and_nothing_is_deleted(folder, expected, words):
-    with pytest.raises(AgwmError, match=r"are of seed 0, this run .*; continue with the same run\.seeds") as raised:
+    with pytest.raises(AgwmError, match=r"are of seed 0, this run .*; continue with run\.vectorize auto") as raised:
         Checkpoints(folder, keep=2, fingerprint="data").restore(lambda position: None, expected)
     assert words in str(raised.value)
     assert (folder / "3").exists()

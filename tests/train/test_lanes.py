@@ -12,7 +12,7 @@ import pytest
 
 from agwm_jax import hypergrad, partition
 from agwm_jax.data.plan import epoch_plan, search_plan, split_indices
-from agwm_jax.errors import AgwmError
+from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.methods import Weights, agwm
 from agwm_jax.train.checkpoint import Checkpoints
 from agwm_jax.train.lanes import Lanes, Member, rounds
@@ -197,11 +197,21 @@ def test_a_seed_that_diverges_is_given_up_and_the_other_goes_on(members, alone, 
         (alone[0]._replace(weights=alone[0].weights[:1]), alone[1][:1]),
     )
     assert outcome.weights[1] is None
-    assert "search-0: loss became inf at step 0; there is no checkpoint before it" in outcome.diverged[1]
+    assert "search-0: loss became inf at step 0; lower the learning rate" in outcome.diverged[1]
     assert len(losses[1]) == 3, "its curve ends with the chunk that it diverged in"
     assert "seed 5: given up, the others go on" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(AgwmError, match="all seeds diverged, the last so: search-0: loss became inf"):
+    with pytest.raises(Diverged, match=r"all that went side by side diverged, .*: loss became inf .*no checkpoint\)"):
         run([member._replace(data=data) for member in members], tmp_path / "all")
+
+
+def test_a_seed_that_was_given_up_stays_so_when_the_run_goes_on_after_its_last_step(members, tmp_path):
+    broken = members[1]._replace(data={**members[1].data, "labels": np.full(EXAMPLES, np.inf, np.float32)})
+    with pytest.raises(Interrupted, match="after step 10 of 10"):
+        run([members[0], broken], tmp_path, stop_at=sum(phase.num_steps for phase in members[0].method.phases))
+    outcome, _ = run([members[0], broken], tmp_path)
+    assert outcome.weights[0] is not None
+    assert outcome.weights[1] is None
+    assert "loss became inf" in outcome.diverged[1]
 
 
 def test_the_training_set_lies_on_the_devices_once_where_it_is_one(tmp_path):

@@ -11,10 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from agwm_jax.build import build
 from agwm_jax.config import config_fingerprint, load_config
-from agwm_jax.errors import AgwmError
+from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.train import run
 from agwm_jax.train.evaluate import evaluate_run, export_run, predict_run
-from agwm_jax.train.memory import SideBySide
 from agwm_jax.train.run import train, train_seeds
 from agwm_jax.train.run_folder import claimed, load_alpha, weights_digest
 
@@ -302,21 +301,30 @@ def test_seeds_side_by_side_get_a_folder_each_and_learn_what_they_would_alone(co
     assert (folders[1] / "result.json").stat().st_mtime_ns == before
 
 
-def test_a_run_that_goes_on_keeps_the_lanes_that_all_seeds_would_have(configure, monkeypatch):
-    asked, groups = [], []
+@pytest.mark.parametrize(("broken", "vectorize"), [(1, "all"), (0, "none")])
+def test_a_seed_that_diverges_costs_the_others_nothing(configure, monkeypatch, broken, vectorize):
+    member = run._member
 
-    def choice(*args, num_seeds):
-        asked.append(num_seeds)
-        return SideBySide(2, 1)
+    def not_a_number(seed):
+        found = member(seed)
+        if seed.config.run.seed != broken:
+            return found
+        task = {path: np.full_like(x, np.nan) for path, x in found.initial.task.items()}
+        return found._replace(initial=found.initial._replace(task=task))
 
-    monkeypatch.setattr(run, "choose", choice)
-    monkeypatch.setattr(run, "_is_finished", lambda config: config.run.seed == 0)
-    monkeypatch.setattr(run, "_train_group", lambda config, group, *_, **__: groups.append(group) or {})
-    train_seeds(configure("--seeds", "[0, 1, 2, 3]"), progress=False)
-    assert asked == [4]
-    assert [[seed.config.run.seed for seed in group] for group in groups] == [[1, 2], [3]]
-    with pytest.raises(AgwmError, match=r"mesh\.seed 2 does not divide the 3 seeds that have no result yet"):
-        train_seeds(configure("--seeds", "[0, 1, 2, 3]", "--mesh.seed", "2"), progress=False)
+    config = configure("--method", "vanilla", "--seeds", "[0, 1]", "--run.vectorize", vectorize)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_member", not_a_number)
+        with pytest.raises(Diverged) as raised:
+            train_seeds(config, progress=False)
+    words = (
+        f"1 of 2 seeds diverged, the results of the others stand. seed {broken}: finetune: loss became nan at step 0"
+    )
+    assert words in str(raised.value)
+    results = [(_folder(config) / f"seed-{seed}" / "result.json").exists() for seed in (0, 1)]
+    assert results == [broken != 0, broken != 1]
+    assert not (_folder(config) / "checkpoints-0").exists()
+    assert [result["seed"] for result in train_seeds(config, progress=False)] == [0, 1]
 
 
 def test_no_loss_means_stop_with_the_last_good_state_kept(configure):
