@@ -1,6 +1,6 @@
 """How cost and memory scale to larger models, more seeds and meshes: the figures of docs/scaling.md.
 
-    python experiments/scaling.py              # tables and measurement, 8 minutes on 2 cores
+    python experiments/scaling.py              # tables and measurement, 5 minutes on 2 cores
     python experiments/scaling.py --only tables  # tables alone, seconds
 
 Tables of memory are estimates (agwm_jax.train.memory.estimate) of shapes, on meshes that need not exist; costs are
