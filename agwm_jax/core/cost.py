@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import jax
+from jax.extend.core import Literal
 from jax.interpreters import partial_eval
 
 from agwm_jax.errors import AgwmError
@@ -17,10 +18,13 @@ def matmul_flops(fn: Callable, *args) -> int:
     Arguments may be `jax.ShapeDtypeStruct`.
 
     Raises:
-        AgwmError: a loop whose number of turns is not known beforehand, or a convolution or ragged product.
+        AgwmError: a while loop that does not count from 0 to a fixed number, or a convolution or ragged product.
     """
-    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    return _flops(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0])
+    return _flops(_used(jax.make_jaxpr(fn)(*args).jaxpr))
+
+
+def _used(jaxpr):
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
 
 
 def _flops(jaxpr) -> int:
@@ -32,7 +36,7 @@ def _flops(jaxpr) -> int:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
         elif kind == "while":
-            raise AgwmError("matmul_flops: how often a while loop turns is not known; expected scans only.")
+            total += _turns(equation) * _flops(_used(params["body_jaxpr"].jaxpr))
         elif kind in ("conv_general_dilated", "ragged_dot", "ragged_dot_general"):
             raise AgwmError(f"matmul_flops: {kind} is not counted; expected matrix products only.")
         elif kind == "cond":
@@ -44,3 +48,14 @@ def _flops(jaxpr) -> int:
                 times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
             total += times * sum(_flops(x) for x in inner if hasattr(x, "eqns"))
     return total
+
+
+def _turns(equation) -> int:
+    """How often a while loop ``(0, ...)``, ``i < n`` turns."""
+    condition, start = equation.params["cond_jaxpr"].jaxpr, equation.invars[-len(equation.outvars)]
+    if len(condition.eqns) == 1 and condition.eqns[0].primitive.name == "lt":
+        counter, end = condition.eqns[0].invars
+        counts = counter is condition.invars[-len(equation.outvars)] and isinstance(start, Literal) and start.val == 0
+        if counts and isinstance(end, Literal):
+            return int(end.val)
+    raise AgwmError("matmul_flops: how often a while loop turns is not known; expected scans, or a count to a number.")

@@ -132,14 +132,14 @@ def conjugate_gradient(*, num_steps: int, damping: float = 0.0, warm_start: bool
             new_rr = trees.dot(new_r, new_r)
             new = trees.add_scale(x, length, p), new_r, trees.add_scale(new_r, new_rr / rr, p), new_rr
             moves = jnp.isfinite(length) & jnp.isfinite(new_rr) & (rr > 0)
-            return jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, carry), None
+            return jax.tree.map(lambda a, b: jnp.where(moves, a, b), new, carry)
 
         x, r = optax.tree.zeros_like(b), b
         if warm_start:
             # One that is worse than nothing is dropped: a solve that diverged once must not spoil all that follow.
             left = optax.tree.sub(b, damped(state, 0))
             x, r = optax.tree.where(trees.norm(left) < trees.norm(b), (state, left), (x, r))
-        x, *_, rr = jax.lax.scan(step, (x, r, r, trees.dot(r, r)), jnp.arange(num_steps))[0]
+        x, *_, rr = _repeat(step, (x, r, r, trees.dot(r, r)), num_steps)
         info = {"damped_residual": jnp.sqrt(rr) / _positive(trees.norm(b))} if damping else {}
         return Solution(x, x if warm_start else (), info)
 
@@ -231,15 +231,14 @@ def _step_size(name: str, step_size: float | Literal["auto"], power_iterations: 
 
     def find(matvec: Matvec, b, state):
         def iterate(q, i):
-            q = trees.scale(1 / _positive(trees.norm(q)), q)
-            q = matvec(q, i)
-            return q, trees.norm(q)
+            return matvec(trees.scale(1 / _positive(trees.norm(q)), q), i)
 
         # At the first solve there is no direction yet; b lies where the curvature is, a random one hardly does.
         seen = trees.norm(state) > 0
         start = jax.tree.map(lambda q, bi: jnp.where(seen, q, bi), state, b)
-        q, norms = jax.lax.scan(iterate, start, jnp.arange(power_iterations))
-        eta = jnp.where(norms[-1] > 0, 1 / _positive(norms[-1]), 0)
+        q = _repeat(iterate, start, power_iterations)
+        largest = trees.norm(q)
+        eta = jnp.where(largest > 0, 1 / _positive(largest), 0)
         return eta, q, {"step_size": eta}
 
     return _StepSize(optax.tree.zeros_like, find)
@@ -251,9 +250,18 @@ def _richardson(matvec: Matvec, b, x, eta, num_steps: int):
     def step(x, i):
         new = jax.tree.map(lambda xi, bi, hi: xi + jnp.asarray(eta, xi.dtype) * (bi - hi), x, b, matvec(x, i))
         moves = jnp.isfinite(trees.dot(new, new))  # a series that diverges ends in the huge, not in inf - inf
-        return jax.tree.map(lambda xi, old: jnp.where(moves, xi, old), new, x), None
+        return jax.tree.map(lambda xi, old: jnp.where(moves, xi, old), new, x)
 
-    return jax.lax.scan(step, x, jnp.arange(num_steps))[0]
+    return _repeat(step, x, num_steps)
+
+
+def _repeat(step: Callable[[Any, Any], Any], carry, count: int):
+    """``carry = step(carry, i)`` for i from 0 to `count` - 1."""
+    # No scan: mapped over lanes, that moves the lanes of all that `step` closes over to the front, and what was
+    # linearised once, which has the layers there, would be copied (2 lanes of `neumann` took 2.8 times one's memory).
+    return jax.lax.while_loop(
+        lambda loop: loop[0] < count, lambda loop: (loop[0] + 1, step(loop[1], loop[0])), (0, carry)
+    )[1]
 
 
 def _positive(x):

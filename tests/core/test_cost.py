@@ -67,8 +67,17 @@ def test_of_two_branches_the_dearest_counts():
     assert matmul_flops(fn, A, B, C) == AB + BC
 
 
-def test_a_while_loop_is_refused():
-    with pytest.raises(AgwmError, match="how often a while loop turns is not known; expected scans only"):
+def test_a_while_loop_is_counted_where_it_counts_to_a_number():
+    def turns(count, first=0):
+        return lambda c: jax.lax.while_loop(lambda i: i[0] < count, lambda i: (i[0] + 1, i[1] @ c), (first, c))[1]
+
+    assert matmul_flops(turns(3), C) == 3 * matmul_flops(lambda c: c @ c, C)
+    unknown = "how often a while loop turns is not known"
+    with pytest.raises(AgwmError, match=unknown):
+        matmul_flops(turns(3, first=1), C)
+    with pytest.raises(AgwmError, match=unknown):
+        matmul_flops(lambda n, c: turns(n)(c), 3, C)
+    with pytest.raises(AgwmError, match=unknown):
         matmul_flops(lambda c: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ c, c), C)
 
 
