@@ -49,10 +49,10 @@ STEPS: dict[str, Step] = {
     "finite_difference": Step(7.46, 2.06, 13.6, 4.78, 2.51, 9.94, 3.0),  # -6 to +8 %
     "finite_difference precondition": Step(7.84, 4.58, 10.7, 4.9, 2.83, 9.11, 3.0),  # -8 to +12 %
     "penalty": Step(1.8, 3.82, 36.3, 11.3, 2.86, 8.61, 1.2),  # -22 to +6 %
-    "hessian linearize": Step(8.86, 5.58, 85.3, 25.8, 14.5, 19.7, 0.5),  # -1 to +1 %
+    "hessian linearize": Step(9.07, 5.41, 60.3, 18.9, 7.2, 23.8, 0.5),  # -1 to +1 %
     "hessian jvp": Step(6.55, 5.57, 37.6, 11.1, 0.41, 26.1, 0.5),  # -2 to +4 %
     "hessian finite_difference": Step(8.17, 5.37, 18.5, 6.41, 1.01, 14.2, 0.5),  # -2 to +3 %
-    "gauss_newton linearize": Step(8.11, 4.9, 33.0, 9.69, 3.65, 12.2, 0.5),  # -1 to +2 %
+    "gauss_newton linearize": Step(7.85, 4.91, 17.7, 11.2, 0.0, 28.5, 0.5),  # -4 to +5 %
     "gauss_newton jvp": Step(7.15, 4.8, 32.1, 10.5, 2.76, 16.1, 0.5),  # -2 to +2 %
     "gauss_newton finite_difference": Step(8.82, 3.31, 15.7, 7.15, 1.38, 11.1, 0.5),  # -12 to +5 %
 }
@@ -71,7 +71,7 @@ def temporaries(
     sharded weights are gathered two layers at a time. Alpha, and a solver, add vectors of their own size.
 
     An `unrolled` look-ahead of k steps by ``linearize`` keeps all of that k times; else 4 vectors for each further step
-    (weights, two moments, gradient). Dropout is taken to be on (off: 3 to 8 % less), attention not to be fused.
+    (weights, two moments, gradient). Dropout is taken to be on (off: a few per cent less), attention not to be fused.
     """
     step, vectors = STEPS[step_name(config, searches)], _vectors(config) if searches else 0.0
     held, model, axes = _held(built, placement), built.pretrained.config, placement.mesh.shape
