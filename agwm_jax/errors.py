@@ -9,4 +9,4 @@ class AgwmError(ValueError):
 
 
 class Diverged(AgwmError):
-    """All that a program trained diverged."""
+    """A loss is not finite any longer: of a run, of all that went side by side, or of some seeds."""

@@ -240,7 +240,7 @@ def test_a_search_is_fused_unless_it_takes_products(gpu, monkeypatch, name):
     options |= {"hypergradient.estimator": name.split(",")[0], "search.anchor": "0.1"}
     programs = phases("agwm", **options)
     assert {phase: is_fused(program) for phase, program in programs.items()} == {"search-0": fused, "finetune": True}
-    if not fused:
+    if not fused:  # the fused kernel would refuse: jax has no forward-mode rule for it
         monkeypatch.setattr("agwm_jax.build._takes_products", lambda config: False)
         with pytest.raises((TypeError, NotImplementedError), match=r"forward-mode|Differentiation rule"):
             phases("agwm", **options)

@@ -186,6 +186,15 @@ def test_a_mistake_in_the_launch_gets_a_sentence(options, words, capsys, monkeyp
     assert words in capsys.readouterr().err
 
 
+def test_a_folder_that_a_process_does_not_see_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "any_of", bool)
+    monkeypatch.setattr(processes, "_SHARED_FILE_SECONDS", 0)
+    assert not processes.all_see(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").touch()
+    assert processes.all_see(tmp_path / "config.yaml")
+
+
 def test_an_error_of_a_lost_peer_is_told_from_others(monkeypatch):
     monkeypatch.setattr(processes, "several", lambda: True)
     gone = processes.lost(RuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore"))
