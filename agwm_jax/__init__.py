@@ -1,11 +1,11 @@
 """Attention-guided weights mixup (arXiv 2403.12918) in JAX: the pure functions, importable on their own."""
 
-from agwm_jax.core import hypergrad as hypergrad
+from agwm_jax.core import estimators as hypergrad
 from agwm_jax.core import linear_solve as linear_solve
 from agwm_jax.core.bilevel import BilevelSolver as BilevelSolver
 from agwm_jax.core.bilevel import BilevelState as BilevelState
 from agwm_jax.core.bilevel import bilevel as bilevel
-from agwm_jax.core.hypergrad import Hypergradient as Hypergradient
+from agwm_jax.core.estimators import Hypergradient as Hypergradient
 from agwm_jax.core.linear_solve import LinearSolver as LinearSolver
 from agwm_jax.core.mixup import alpha_statistics as alpha_statistics
 from agwm_jax.core.mixup import gate as gate

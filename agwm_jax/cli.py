@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (default: what was typed) and return its exit code: 0 done, 1 a bug, 2 a mistake, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     code = _guarded(arguments)
-    processes = sys.modules.get("agwm_jax.train.processes")
+    processes = sys.modules.get("agwm_jax.engine.processes")
     if code != OK and processes is not None:
         processes.leave(code)  # one of several processes: the others may wait for it
     return code
@@ -131,12 +131,12 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     if parsed.help:
         print("\n".join(_train_help()))
         return OK
-    from agwm_jax.config import load_config
+    from agwm_jax.settings.config import load_config
 
     config = load_config(parsed.config, overrides)
     _connect(parsed)
-    from agwm_jax.train import processes
-    from agwm_jax.train.run import train_seeds
+    from agwm_jax.engine import processes
+    from agwm_jax.runs.run import train_seeds
 
     results = train_seeds(config)
     if not processes.is_main():  # which speaks for all
@@ -160,7 +160,7 @@ def _connect(parsed: argparse.Namespace) -> None:
             raise AgwmError("--num-processes and --process-id need --coordinator HOST:PORT, the address of process 0")
         if "JAX_COORDINATOR_ADDRESS" not in os.environ:
             return
-    from agwm_jax.train import processes
+    from agwm_jax.engine import processes
 
     # An address in the environment comes with the rest in the environment, or from the cluster.
     by_hand = parsed.num_processes is not None or parsed.process_id is not None
@@ -171,14 +171,14 @@ def _connect(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
     if parsed.split is not None and parsed.file is not None:
         raise AgwmError("--split and --file exclude each other: score a split of the run's task, or a file")
-    from agwm_jax.train.evaluate import evaluate_run
+    from agwm_jax.runs.evaluate import evaluate_run
 
     print("\n".join(_table(evaluate_run(parsed.run, parsed.split, parsed.file))))
     return OK
 
 
 def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.train.evaluate import predict_run
+    from agwm_jax.runs.evaluate import predict_run
 
     count = predict_run(parsed.run, parsed.input, parsed.output)
     print(f"{count} predictions: {parsed.output}")
@@ -194,7 +194,7 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _export(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.train.evaluate import export_run
+    from agwm_jax.runs.evaluate import export_run
 
     deviation = export_run(parsed.run, parsed.folder)
     print(f"exported: {parsed.folder}")
@@ -204,7 +204,7 @@ def _export(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _train_help() -> Iterator[str]:
-    from agwm_jax.settings import all_settings
+    from agwm_jax.settings.words import all_settings
 
     yield f"usage: {_TRAIN_USAGE}"
     yield ""

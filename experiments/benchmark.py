@@ -56,10 +56,10 @@ from benchmark_programs import (
 from jax.experimental.compilation_cache import compilation_cache
 
 from agwm_jax.core.cost import matmul_flops
+from agwm_jax.engine.lanes import compiler_options
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.attention import fused_refusal
 from agwm_jax.models.bert import BertConfig
-from agwm_jax.train.lanes import compiler_options
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {

@@ -13,12 +13,12 @@ from flax import nnx
 
 from agwm_jax import bilevel, hypergrad, init_alpha, linear_solve, mix, mixup_problem, partition, project_alpha
 from agwm_jax.core.inner import InnerState, gradient_step
+from agwm_jax.engine.lanes import each_lane
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.functional import functionalize
 from agwm_jax.models.loss import batch_loss
-from agwm_jax.schema import MIXED_KERNELS
-from agwm_jax.train.lanes import each_lane
+from agwm_jax.settings.schema import MIXED_KERNELS
 
 SHAPES = {  # layers, width, heads, feed-forward width
     "minilm": (6, 384, 12, 1536),

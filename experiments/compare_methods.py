@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agwm_jax.cli import MISTAKE, OK
-from agwm_jax.config import load_config
 from agwm_jax.errors import AgwmError
 from agwm_jax.report import write_report
+from agwm_jax.settings.config import load_config
 
 METHODS = ("vanilla", "frozen_alpha", "agwm")
 

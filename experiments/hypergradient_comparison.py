@@ -28,8 +28,8 @@ from hypergradient_figures import write_figures, write_markdown
 from search_step import Program, Setting, compile_step, read_setting
 
 from agwm_jax import Hypergradient, hypergrad, linear_solve
-from agwm_jax.config import load_config
 from agwm_jax.errors import AgwmError
+from agwm_jax.settings.config import load_config
 
 Rows = list[dict[str, Any]]
 

@@ -3,7 +3,7 @@
     python experiments/scaling.py              # tables and measurement, 5 minutes on 2 cores
     python experiments/scaling.py --only tables  # tables alone, seconds
 
-Tables of memory are estimates (agwm_jax.train.memory.estimate) of shapes, on meshes that need not exist; costs are
+Tables of memory are estimates (agwm_jax.engine.memory.estimate) of shapes, on meshes that need not exist; costs are
 measured on a small model (experiments/scaling_cost.py). Replaces what is between the markers of docs/scaling.md, and
 writes docs/scaling.csv and docs/scaling.png.
 """
@@ -23,12 +23,12 @@ from jax.sharding import AbstractMesh
 from scaling_cost import BASE, GROWS, QUANTITIES, Row, draw, exponents, measure
 from shapes import bert, build_shapes
 
-from agwm_jax.build import Built
-from agwm_jax.config import Config
+from agwm_jax.engine.memory import USABLE, SideBySide, estimate
+from agwm_jax.engine.sharding import AXES, Placement, bytes_per_device
+from agwm_jax.engine.step_memory import STEPS
 from agwm_jax.models.bert import BertConfig
-from agwm_jax.train.memory import USABLE, SideBySide, estimate
-from agwm_jax.train.sharding import AXES, Placement, bytes_per_device
-from agwm_jax.train.step_memory import STEPS
+from agwm_jax.runs.build import Built
+from agwm_jax.settings.config import Config
 
 DEVICE = 80e9
 BATCH, LENGTH = 32, 128

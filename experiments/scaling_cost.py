@@ -14,12 +14,12 @@ from flax import nnx
 
 from agwm_jax import bilevel, hypergrad, init_alpha, linear_solve, mixup_problem, partition, project_alpha
 from agwm_jax.core.cost import matmul_flops
+from agwm_jax.engine.lanes import compiler_options, each_lane
 from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.functional import functionalize
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.report.style import FAINT, INK, headline, save
-from agwm_jax.schema import MIXED_KERNELS
-from agwm_jax.train.lanes import compiler_options, each_lane
+from agwm_jax.settings.schema import MIXED_KERNELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,14 +10,14 @@ import numpy as np
 import optax
 
 from agwm_jax import Hypergradient, Problem, bilevel, hypergrad, mixup_problem, project_alpha
-from agwm_jax.build import Built, build, build_optimizer
-from agwm_jax.config import Config
 from agwm_jax.core.cost import matmul_flops
+from agwm_jax.engine.batches import gather
+from agwm_jax.engine.lanes import compiler_options
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.loss import batch_loss
-from agwm_jax.train.batches import gather
-from agwm_jax.train.evaluate import columns_on_device
-from agwm_jax.train.lanes import compiler_options
+from agwm_jax.runs.build import Built, build, build_optimizer
+from agwm_jax.runs.evaluate import columns_on_device
+from agwm_jax.settings.config import Config
 
 
 class Setting(NamedTuple):

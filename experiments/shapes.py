@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from agwm_jax.build import Built, build_method
-from agwm_jax.config import Config
 from agwm_jax.core.partition import Partition, Structure, partition
 from agwm_jax.data.encode import Encoded
 from agwm_jax.data.tasks import Task
-from agwm_jax.methods.phase import Weights
+from agwm_jax.engine.lanes import Group, Lanes, Member, Program, Stacked, rounds
+from agwm_jax.engine.sharding import Placement, place
+from agwm_jax.methods.interface import Weights
 from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.functional import functionalize
 from agwm_jax.models.huggingface import Pretrained
-from agwm_jax.train.lanes import Group, Lanes, Member, Program, Stacked, rounds
-from agwm_jax.train.sharding import Placement, place
+from agwm_jax.runs.build import Built, build_method
+from agwm_jax.settings.config import Config
 
 TASK = Task("shapes", "classification", ("no", "yes"), False, ("accuracy",), "validation", {})
 
@@ -42,7 +42,7 @@ def bert(layers: int, width: int, heads: int, inner: int, *, vocabulary: int = 3
 
 
 def build_shapes(config: Config, model: BertConfig, *, length: int) -> Built:
-    """As `agwm_jax.build.build`, of shapes; texts of `length` tokens, just enough for a batch of either split."""
+    """As `agwm_jax.runs.build.build`, of shapes; texts of `length` tokens, just enough for a batch of either split."""
     options = config.model
 
     def module() -> BertClassifier:

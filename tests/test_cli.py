@@ -38,8 +38,8 @@ def library(monkeypatch):
             setattr(stand_in, name, function(name))
         monkeypatch.setitem(sys.modules, path, stand_in)
 
-    module("agwm_jax.train.run", "train_seeds")
-    module("agwm_jax.train.evaluate", "evaluate_run", "predict_run", "export_run")
+    module("agwm_jax.runs.run", "train_seeds")
+    module("agwm_jax.runs.evaluate", "evaluate_run", "predict_run", "export_run")
     module("agwm_jax.report", "write_report")
     return types.SimpleNamespace(calls=calls, answer=answer)
 
@@ -182,7 +182,7 @@ def test_a_split_and_a_file_exclude_each_other(library, capsys):
 
 
 def test_help_of_train_lists_every_setting(capsys):
-    from agwm_jax.settings import all_settings
+    from agwm_jax.settings.words import all_settings
 
     assert main(["train", "--help"]) == 0
     printed = capsys.readouterr().out
@@ -225,7 +225,7 @@ def test_ctrl_c_in_a_real_process_ends_with_130():
         "import sys, types, time\n"
         "from agwm_jax.cli import main\n"
         "def train_seeds(config):\n    print('started', flush=True); time.sleep(60)\n"
-        "sys.modules['agwm_jax.train.run'] = types.SimpleNamespace(train_seeds=train_seeds)\n"
+        "sys.modules['agwm_jax.runs.run'] = types.SimpleNamespace(train_seeds=train_seeds)\n"
         "sys.exit(main(['train']))"
     )
     process = subprocess.Popen(

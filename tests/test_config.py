@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 import agwm_jax
-from agwm_jax.config import Config, config_fingerprint, dump_config, load_config
 from agwm_jax.errors import AgwmError
-from agwm_jax.settings import all_settings
+from agwm_jax.settings.config import Config, config_fingerprint, dump_config, load_config
+from agwm_jax.settings.words import all_settings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -245,7 +245,7 @@ def test_every_setting_is_described():
 def test_every_setting_is_read_by_some_code():
     package = Path(agwm_jax.__file__).parent
     sources = [path.read_text() for path in package.rglob("*.py") if path.parent != package or path.stem == "build"]
-    readers = [source for source in sources if "agwm_jax.config" in source]
+    readers = [source for source in sources if "agwm_jax.settings.config" in source]
     nodes = [node for source in readers for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
     read = {node.attr for node in nodes}
     # A section that is handed on whole: `source.files.model_dump()`.

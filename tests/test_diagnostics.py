@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from agwm_jax.diagnostics import search_warnings, spread_warnings
+from agwm_jax.methods.search_warnings import search_warnings, spread_warnings
 
 
 def search(steps=40, phase="search-0", upto=None, **series):

@@ -22,7 +22,7 @@ def test_the_bilevel_example_runs(request):
 
 
 def test_the_settings_it_names_exist(request):
-    from agwm_jax.settings import all_settings
+    from agwm_jax.settings.words import all_settings
 
     text = (request.config.rootpath / "README.md").read_text()
     table = re.findall(r"^\| `([^|]*)` \|", text, re.M)

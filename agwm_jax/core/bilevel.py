@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import optax
 
 from agwm_jax.core import check, trees
-from agwm_jax.core.hypergrad import Hypergradient
+from agwm_jax.core.estimators import Hypergradient
 from agwm_jax.core.inner import InnerState, inner_steps
 from agwm_jax.core.types import Batch, Problem, Scalar
 

@@ -1,86 +1,186 @@
 """Attention-guided weights mixup: bi-level searches for alpha, their average, then fine-tuning at that alpha."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import optax
+from jaxtyping import Array, Key
+from pydantic import Field, model_validator
 
-from agwm_jax.core.bilevel import BilevelState, bilevel
-from agwm_jax.core.hypergrad import Hypergradient
-from agwm_jax.core.mixup import Complement, alpha_statistics, init_alpha, mixup_problem, project_alpha
-from agwm_jax.core.types import LossFn, Params
-from agwm_jax.methods.finetune import finetune_phase
-from agwm_jax.methods.phase import Batches, Method, Phase, Plan, Weights
+from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel
+from agwm_jax.core.estimators import ESTIMATORS
+from agwm_jax.core.mixup import alpha_statistics, mixup_problem, project_alpha
+from agwm_jax.data.plan import search_plan, split_indices
+from agwm_jax.methods.interface import (
+    METHODS,
+    Batches,
+    Context,
+    Info,
+    Method,
+    MethodSettings,
+    Phase,
+    Plan,
+    Setup,
+    Variables,
+)
+from agwm_jax.methods.mixup import ALPHA, Mixture, Mixup
+from agwm_jax.methods.optimizers import OptimizerSettings
+from agwm_jax.methods.search_warnings import search_warnings
+from agwm_jax.methods.training import TASK, task_weights, training_phase
+from agwm_jax.section import Choice, Section
 
 
-def agwm(
-    loss: LossFn,
-    search_plans: Sequence[Plan],
-    finetune_plan: Plan,
-    *,
-    hypergrad: Hypergradient,
-    inner_tx: optax.GradientTransformation,
-    outer_tx: optax.GradientTransformation,
-    finetune_tx: optax.GradientTransformation,
-    mixed: tuple[str, ...],
-    finetune_loss: LossFn | None = None,
-    rank: int | Literal["full"] = 1,
-    noise: float = 0.005,
-    complement: Complement = "convex",
-    anchor: float = 0.0,
-    rollback: bool = True,
-    average: Literal["all", "alpha"] = "all",
-) -> Method:
-    """Search alpha on each random split from the pretrained weights, average, then finetune (arXiv 2403.12918).
+class InnerOptimizer(OptimizerSettings):
+    gradient_clip: float | None = Field(
+        default=5.0, gt=0, description="largest global norm of the gradient, null for no clip"
+    )
 
-    Args:
-        loss: on the flat mixed weights and a batch.
-        search_plans: one a split: ``{"inner": [steps, k, b], "outer": [steps, b]}``, rows of disjoint parts of the
-            training set.
-        finetune_plan: ``{"train": [steps, b]}``.
-        hypergrad: estimator of alpha's hypergradient.
-        inner_tx, outer_tx, finetune_tx: optimisers of W in search, of alpha, and of W in finetune.
-        mixed: the mixed paths, over which the anchor acts.
-        finetune_loss: the same function where finetune, which takes no products with second derivatives, can run a
-            faster one; None: `loss`.
-        rank, noise: of alpha, see `agwm_jax.init_alpha`.
-        complement, anchor: see `agwm_jax.mixup_problem`.
-        rollback: see `agwm_jax.bilevel`.
-        average: what the searches hand on: ``"all"``, alpha and the task weights, or ``"alpha"`` alone: finetune then
-            starts from the pretrained weights.
+
+class OuterOptimizer(OptimizerSettings):
+    learning_rate: float = Field(default=2e-3, gt=0, description="peak learning rate")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    schedule: Literal["linear", "cosine", "constant"] = Field(default="cosine", description="decay after warm-up, to 0")
+    gradient_clip: float | None = Field(
+        default=None, gt=0, description="largest global norm of the gradient, null for no clip"
+    )
+
+
+class Search(Section):
+    """The bi-level search: alpha on one part of the training set, W on the other."""
+
+    epochs: int = Field(default=3, ge=1, description="passes over the training part of a split")
+    num_splits: int = Field(
+        default=1, ge=1, description="searches on random splits whose results are averaged (paper: 5)"
+    )
+    average: Literal["all", "alpha"] = Field(
+        default="all", description="hand on the average of alpha and W, or of alpha alone"
+    )
+    validation_fraction: float = Field(
+        default=0.2, gt=0, lt=1, description="share of the training set that alpha is fitted on"
+    )
+    inner_steps: int = Field(default=1, ge=1, description="updates of W for one of alpha")
+    rollback: bool = Field(
+        default=True, description="take the kept inner updates anew with the new alpha (costs inner_steps passes)"
+    )
+    anchor: float = Field(
+        default=0.0, ge=0, description="anchor/2 |W - W0|^2 in the inner loss; 0 makes alpha unidentifiable"
+    )
+    inner: InnerOptimizer = Field(default=InnerOptimizer(), description="optimiser of the task weights W")
+    outer: OuterOptimizer = Field(default=OuterOptimizer(), description="optimiser of alpha")
+
+    def plans(self, setup: Setup) -> list[Plan]:
+        """``{"inner": [steps, k, b], "outer": [steps, b]}`` of every split."""
+        found: list[Plan] = []
+        for index in range(self.num_splits):
+            rng = setup.rng(f"search-{index}")
+            train, validation = split_indices(setup.num_examples, validation_fraction=self.validation_fraction, rng=rng)
+            inner, outer = search_plan(
+                train,
+                validation,
+                batch_size=setup.batch_size,
+                inner_steps=self.inner_steps,
+                epochs=self.epochs,
+                rng=rng,
+            )
+            found.append({"inner": inner, "outer": outer})
+        return found
+
+
+@METHODS.register("agwm", cost="search: of the estimator; finetune: 1", paper="arXiv 2403.12918")
+class Agwm(MethodSettings):
+    """Attention-guided weights mixup: a gate A between W and W0, learnt by bi-level optimisation.
+
+    On each of `search.num_splits` random splits of the training set, from the pretrained weights:
+    ``min_alpha L_val(mix(W0, W*, alpha))`` where ``W* = argmin_W L_train(mix(W0, W, alpha)) + anchor/2 |W - W0|^2``. The
+    results are averaged; then alpha is fixed and W is trained on the whole training set with a fresh optimiser.
+
+    Cost of a search step: of the estimator, and one fb an inner step with `search.rollback`; of a finetune step 1 fb.
+    Memory: of the estimator, and W0 beside W. Source: arXiv 2403.12918.
     """
 
-    def solver(frozen: Params):
-        problem = mixup_problem(loss, frozen, mixed=mixed, complement=complement, anchor=anchor)
+    name: Literal["agwm"] = Field(default="agwm", description="fine-tuning method")
+    mixup: Mixup = Field(default=Mixup(), description="which weights are mixed, and how")
+    search: Search = Field(default=Search(), description="the bi-level search for alpha")
+    estimator: Annotated[Any, Choice(ESTIMATORS, default="unrolled")] = Field(
+        default={}, description="how alpha's hypergradient is estimated"
+    )
+
+    @model_validator(mode="after")
+    def _estimator_fits_the_look_ahead(self):
+        check = ESTIMATORS[self.estimator.name].facts.get("check")
+        if check is not None:
+            check(self.estimator, inner_steps=self.search.inner_steps)
+        return self
+
+    def build(self, setup: Setup) -> Method:
+        """The method for one seed."""
+        mixture = Mixture(self.mixup, setup)
+        plans = self.search.plans(setup)
+        solver = _Solver(self, setup, mixture, plans[0])
+
+        def init(pretrained, key) -> Variables:
+            return {TASK: task_weights(setup, pretrained), ALPHA: mixture.init_alpha(key, pretrained)}
+
+        searches = tuple(
+            Phase(
+                f"search-{index}",
+                plan,
+                solver.start,
+                solver.step,
+                partial(solver.finish, index=index),
+                monitor=lambda state: alpha_statistics(state.outer),
+            )
+            for index, plan in enumerate(plans)
+        )
+        finetune = training_phase(
+            setup, forward=lambda w0, variables, key: mixture.merge(w0, variables), keeps=(ALPHA,)
+        )
+        return Method(init, (searches, (finetune,)), mixture.merge, search_warnings)
+
+
+class _Solver:
+    """The functions that all searches of one method share."""
+
+    def __init__(self, settings: Agwm, setup: Setup, mixture: Mixture, plan: Plan):
+        steps, inner_steps = plan["inner"].shape[:2]
+        search, weights = settings.search, setup.model.weights
+        self._search, self._setup, self._mixture = search, setup, mixture
+        self._estimator = settings.estimator.build()
+        self._loss = setup.loss(reverse_only=not self._estimator.forward_mode)
+        self._inner_tx = search.inner.build(num_steps=steps * inner_steps, weights=weights)
+        self._outer_tx = search.outer.build(num_steps=steps, weights=weights)
+
+    def _bilevel(self, pretrained) -> BilevelSolver:
+        problem = mixup_problem(
+            self._loss,
+            self._mixture.partition(pretrained),
+            complement=self._mixture.settings.complement,
+            anchor=self._search.anchor,
+        )
         return bilevel(
-            problem, hypergrad, inner_tx=inner_tx, outer_tx=outer_tx, project=project_alpha, rollback=rollback
+            problem,
+            self._estimator,
+            inner_tx=self._inner_tx,
+            outer_tx=self._outer_tx,
+            project=project_alpha,
+            rollback=self._search.rollback,
         )
 
-    def start(frozen: Params, initial: Weights, carry: Weights) -> BilevelState:
-        del carry
-        return solver(frozen).init(initial.task, initial.alpha)
+    def start(self, context: Context, key: Key[Array, ""]) -> BilevelState:
+        """From the pretrained weights, at an alpha of the split's own."""
+        alpha = self._mixture.init_alpha(key, context.pretrained)
+        return self._bilevel(context.pretrained).init(context.initial[TASK], alpha)
 
-    def step(state: BilevelState, frozen: Params, batches: Batches):
-        state, info = solver(frozen).step(state, batches["inner"], batches["outer"])
+    def step(self, state: BilevelState, context: Context, batches: Batches, key, step) -> tuple[BilevelState, Info]:
+        """One outer iteration."""
+        del key, step
+        state, info = self._bilevel(context.pretrained).step(state, batches["inner"], batches["outer"])
         return state, {"loss": info.pop("inner_loss"), **info}
 
-    def finish(carry: Weights, state: BilevelState, *, index: int) -> Weights:
-        # A running mean: after the last search the carry holds the average over all of them.
-        found = Weights(state.inner.params if average == "all" else carry.task, state.outer)
-        return jax.tree.map(lambda mean, x: x if index == 0 else mean + (x - mean) / (index + 1), carry, found)
-
-    searches = tuple(
-        Phase(
-            f"search-{index}",
-            plan,
-            start,
-            step,
-            partial(finish, index=index),
-            monitor=lambda state: alpha_statistics(state.outer),
-        )
-        for index, plan in enumerate(search_plans)
-    )
-    finetune = finetune_phase(finetune_loss or loss, finetune_plan, tx=finetune_tx, complement=complement)
-    return Method(partial(init_alpha, rank=rank, noise=noise), (searches, (finetune,)))
+    def finish(self, context: Context, state: BilevelState, *, index: int) -> Variables:
+        """The running mean over searches: after the last, the average over all of them."""
+        task = state.inner.params if self._search.average == "all" else context.learnt[TASK]
+        found = {TASK: task, ALPHA: state.outer}
+        if index == 0:
+            return found
+        return jax.tree.map(lambda mean, x: mean + (x - mean) / (index + 1), context.learnt, found)

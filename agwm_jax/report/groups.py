@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from agwm_jax.diagnostics import MethodWarning
 from agwm_jax.errors import AgwmError
+from agwm_jax.methods.search_warnings import MethodWarning
 from agwm_jax.report.runs import Run, read_run
 
 BASELINE = "vanilla"

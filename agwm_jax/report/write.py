@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agwm_jax.diagnostics import MethodWarning, search_warnings, spread_warnings
 from agwm_jax.errors import AgwmError
+from agwm_jax.methods.search_warnings import MethodWarning, search_warnings, spread_warnings
 from agwm_jax.report.gates import Gates, mean_gates, read_gates
 from agwm_jax.report.groups import BASELINE, CONTROL, Collection, Group, collect
 from agwm_jax.report.runs import Run, read_records

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from agwm_jax import AgwmError, Composite, Problem, bilevel, hypergrad, linear_solve
-from agwm_jax.core.hypergrad import Estimate, Hypergradient
+from agwm_jax.core.estimators import Estimate, Hypergradient
 from tests.core.problems import NO_BATCH, darts_toy, estimate_at
 
 NEUMANN = linear_solve.neumann(num_terms=2, step_size=0.1)

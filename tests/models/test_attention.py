@@ -10,14 +10,14 @@ import pytest
 from small_models import SMALL, batch_of, build, loss_of
 
 from agwm_jax import partition
-from agwm_jax.build import build_method, build_model
-from agwm_jax.config import load_config
 from agwm_jax.data.tasks import Task
+from agwm_jax.engine.lanes import each_lane
 from agwm_jax.methods import Weights
 from agwm_jax.models.attention import fused_attention, fused_refusal
 from agwm_jax.models.huggingface import Pretrained
-from agwm_jax.train import evaluate
-from agwm_jax.train.lanes import each_lane
+from agwm_jax.runs import evaluate
+from agwm_jax.runs.build import build_method, build_model
+from agwm_jax.settings.config import load_config
 
 SUITABLE = {"dtype": jnp.bfloat16, "head_width": 64, "length": 128, "dropout": False}
 LANES = 2
@@ -241,7 +241,7 @@ def test_a_search_is_fused_unless_it_takes_products(gpu, monkeypatch, name):
     programs = phases("agwm", **options)
     assert {phase: is_fused(program) for phase, program in programs.items()} == {"search-0": fused, "finetune": True}
     if not fused:  # the fused kernel would refuse: jax has no forward-mode rule for it
-        monkeypatch.setattr("agwm_jax.build._takes_products", lambda config: False)
+        monkeypatch.setattr("agwm_jax.runs.build._takes_products", lambda config: False)
         with pytest.raises((TypeError, NotImplementedError), match=r"forward-mode|Differentiation rule"):
             phases("agwm", **options)
 

@@ -16,8 +16,8 @@ from small_models import SMALL, batch_of, build
 
 from agwm_jax.errors import AgwmError
 from agwm_jax.models import huggingface
-from agwm_jax.models.bert_weights import to_tensors
 from agwm_jax.models.huggingface import load_pretrained, save_pretrained, transformers_compatible
+from agwm_jax.models.safetensors import to_tensors
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from agwm_jax.models.bert import BertConfig
-from agwm_jax.models.bert_weights import to_tensors
+from agwm_jax.models.safetensors import to_tensors
 
 
 def torch_model(config: BertConfig, params: dict[str, jax.Array]) -> Any:

@@ -13,8 +13,8 @@ from reference import torch_gradients, torch_inputs, torch_logits, torch_model
 from small_models import SMALL, TEXTS, batch_of, build, loss_of, minilm_batch, minilm_head
 
 from agwm_jax.models.bert import ACTIVATIONS
-from agwm_jax.models.bert_weights import to_tensors
 from agwm_jax.models.huggingface import load_pretrained, save_pretrained
+from agwm_jax.models.safetensors import to_tensors
 
 CASES = [*SMALL, "minilm"]
 

@@ -1,0 +1,154 @@
+"""What a fine-tuning method is: its settings build stages of phases and a merge; the engine runs them by these alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from agwm_jax.core.types import Batch, Composite, Params, Scalar
+from agwm_jax.models.model import Model
+from agwm_jax.registry import Registry
+from agwm_jax.section import Section
+
+if TYPE_CHECKING:
+    from agwm_jax.methods.training import Finetune
+
+Variables = dict[str, Any]
+"""What a method learns or carries, a dict of named collections. ``"task"`` holds trained weights by path (all of them, or
+those that are trained); other names are a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree
+whose dictionary keys are paths of weights, so that its leaves lie on a mesh as their weights do."""
+
+Plan = Mapping[str, Int[Any, "_ ..."]]
+"""Rows of the training set for every step, ``[steps, *k, b]`` by the name of the batch; -1 pads a last short one."""
+
+Batches = Mapping[str, Batch]
+"""One step's batches by the names of the plan; each carries its own dropout key as ``key``."""
+
+State = Any
+"""A phase's own training state: any pytree."""
+
+Info = dict[str, Scalar]
+
+
+class Context(NamedTuple):
+    """What the functions of a phase may read. What none of them reads, the engine does not hold on the devices."""
+
+    pretrained: Params
+    """All weights of the model as they were loaded, with a fresh head where the checkpoint has none: W0."""
+    initial: Variables
+    """As `Method.init` gave them."""
+    learnt: Variables
+    """What the phases before left; `initial` before the first."""
+
+
+class Phase(NamedTuple):
+    """One training run within a method. All functions are pure; the engine compiles, maps, donates, saves and resumes.
+
+    Phases that share `step` and the shapes of their plans share one compiled program. The functions see one seed: the
+    engine maps them over all that run at once.
+    """
+
+    name: str
+    plan: Plan
+    start: Callable[[Context, Key[Array, ""]], State]
+    """``start(context, key) -> state``; the key is the phase's own."""
+    step: Callable[[State, Context, Batches, Key[Array, ""], Int[Array, ""]], tuple[State, Info]]
+    """``step(state, context, batches, key, step) -> (state, info)``: `key` is this step's, for noise of the method's own
+    (dropout keys ride in the batches), `step` counts from 0. ``info`` holds ``loss`` and whatever is worth a curve."""
+    finish: Callable[[Context, State], Variables]
+    """``finish(context, state) -> learnt``: what later phases, `Method.merge` and the run folder get."""
+    monitor: Callable[[State], Info] = lambda state: {}
+    """Diagnostics too dear for every step; taken once a chunk of steps."""
+
+    @property
+    def num_steps(self) -> int:
+        """Length of the plan."""
+        return len(next(iter(self.plan.values())))
+
+
+Stage = tuple[Phase, ...]
+"""Phases that learn nothing from each other, with one `step` and plans of one shape: they may run side by side, and
+their `finish` is called in order."""
+
+
+class MethodWarning(NamedTuple):
+    """A failure signature: a short fixed `name` to search for, a `message` that says what was seen and what to do."""
+
+    name: str
+    message: str
+
+
+class Method(NamedTuple):
+    """A fine-tuning method, ready for the engine."""
+
+    init: Callable[[Params, Key[Array, ""]], Variables]
+    """``init(pretrained, key) -> variables``; leaves that start as a pretrained weight may be that very array."""
+    stages: tuple[Stage, ...]
+    """They follow each other."""
+    merge: Callable[[Params, Variables], Params]
+    """``merge(pretrained, learnt) -> weights of the forward pass``, all paths of the model: what is evaluated, predicted
+    with and exported."""
+    warnings: Callable[[Sequence[Mapping[str, Any]]], Sequence[MethodWarning]] = lambda records: ()
+    """Failure signatures in the records of a run, while it runs or after."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Those of all stages, in order."""
+        return tuple(phase for stage in self.stages for phase in stage)
+
+    def learnt_shapes(self, pretrained: Params, num_phases: int | None = None) -> Variables:
+        """Shapes of what the first `num_phases` phases leave (None: all); nothing is computed."""
+        key = jax.random.key(0)
+        initial = learnt = jax.eval_shape(self.init, pretrained, key)
+        for phase in self.phases[:num_phases]:
+            context = Context(pretrained, initial, learnt)
+            learnt = jax.eval_shape(phase.finish, context, jax.eval_shape(phase.start, context, key))
+        return learnt
+
+
+class Setup(NamedTuple):
+    """What a method is built from, beside its own settings."""
+
+    model: Model
+    loss: Callable[..., Composite]
+    """``loss(reverse_only=True)`` gives ``loss(params, batch) -> scalar``: a mean over the batch's real examples;
+    ``False`` where second derivatives are taken, or forward-mode ones."""
+    criterion: Callable[[Array, Batch], Scalar]
+    """``criterion(logits [b, c], batch)``: the last part of the loss."""
+    kind: str
+    """Of the task: "classification" or "regression"."""
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    """Of every weight by path."""
+    frozen: tuple[str, ...]
+    """Paths that no method trains."""
+    finetune: "Finetune"
+    """Settings that all methods share: passes and optimiser."""
+    batch_size: int
+    num_examples: int
+    """Of the training set."""
+    rng: Callable[[str], np.random.Generator]
+    """Random numbers for a use of that name; they depend on the run's seed and the name alone."""
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Paths of all weights that may be trained."""
+        return tuple(path for path in self.model.weights if path not in self.frozen)
+
+
+class MethodSettings(Section):
+    """The base of a method's settings; the file that holds them registers them in `METHODS`."""
+
+    name: str
+
+    def build(self, setup: Setup) -> Method:
+        """The method for one seed.
+
+        Raises:
+            AgwmError: the settings do not fit the model, the task or the number of examples.
+        """
+        raise TypeError(f"{type(self).__name__} defines no build(setup)")
+
+
+METHODS: Registry[type[MethodSettings]] = Registry("method", "methods", "agwm_jax.methods")

@@ -1,0 +1,1 @@
+"""One run or many from settings to files: build, train or resume, evaluate, predict, export."""

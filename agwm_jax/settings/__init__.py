@@ -1,0 +1,1 @@
+"""All of the configuration: schema, YAML and the command line."""

@@ -1,0 +1,224 @@
+"""A small BERT in a bi-level search: on one device, and on any mesh as the training loop lays it there."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from agwm_jax import Partition, bilevel, init_alpha, mixup_problem, partition, project_alpha
+from agwm_jax.engine.batches import gather
+from agwm_jax.engine.lanes import each_lane
+from agwm_jax.engine.sharding import make_placement, place
+from agwm_jax.models.bert import BertClassifier, BertConfig, dropout
+from agwm_jax.models.functional import functionalize
+from agwm_jax.models.loss import batch_loss
+from agwm_jax.settings.schema import MIXED_KERNELS
+
+# All different, so that a shape in a compiled program says what it is; what a mesh cuts is a multiple of 8.
+L, B, T, D, F, VOCABULARY, POSITIONS = 3, 8, 12, 32, 48, 104, 24
+H = 8
+CONFIG = BertConfig(VOCABULARY, D, L, H, F, max_position_embeddings=POSITIONS).with_dropout(0.1)
+STEPS, EXAMPLES = 2, 20
+
+# A program that runs for milliseconds is all compilation: these halve it, and move no collective.
+QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+
+class Search(NamedTuple):
+    """A model, and which of its weights are searched how."""
+
+    apply: Any
+    parts: Partition
+    inner_steps: int = 1
+    rollback: bool = False
+
+    @property
+    def shapes(self):
+        return {path: x.shape for path, x in (*self.parts.frozen.items(), *self.parts.task.items())}
+
+    def solver(self, frozen, estimator):
+        loss = batch_loss(self.apply, "classification")
+        return bilevel(
+            mixup_problem(loss, frozen, mixed=self.parts.mixed, anchor=0.1),
+            estimator,
+            # Without the eps_root Adam's first step is a gradient's sign, and a key's bias has a gradient of rounding.
+            inner_tx=optax.adamw(1e-2, eps_root=1e-6),
+            outer_tx=optax.sgd(0.1, momentum=0.0),  # whose state is the hypergradient
+            project=project_alpha,
+            rollback=self.rollback,
+        )
+
+    def start(self, estimator, lane):
+        """A state of the host; lanes differ in task weights and alpha."""
+        rng = np.random.default_rng(lane)
+        task = {path: x + 0.05 * rng.normal(size=x.shape).astype(np.float32) for path, x in self.parts.task.items()}
+        alpha = init_alpha(jax.random.key(lane), self.parts, noise=0.1)
+        return self.solver(self.parts.frozen, estimator).init(task, alpha)
+
+    def step(self, estimator):
+        def step(state, frozen, data, rows, key, step):
+            inner_key, outer_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), step))
+            inner = gather(data, rows["inner"][step], inner_key)
+            return self.solver(frozen, estimator).step(state, inner, gather(data, rows["outer"][step], outer_key))
+
+        return step
+
+    def rows(self, lane):
+        """Rows of every step's batches; the last batch of all is short."""
+        rng = np.random.default_rng(100 + lane)
+        inner = [rng.permutation(EXAMPLES)[:B] for _ in range(STEPS * self.inner_steps)]
+        outer = np.stack([rng.permutation(EXAMPLES)[:B] for _ in range(STEPS)])
+        outer[-1, -3:] = -1
+        inner = np.stack(inner).reshape(STEPS, self.inner_steps, B)
+        return {"inner": inner.astype(np.int32), "outer": outer.astype(np.int32)}
+
+
+def _weights(shapes):
+    """Large enough that attention is far from even."""
+    rng = np.random.default_rng(1)
+    noise = {path: 0.2 * rng.normal(size=shape) for path, shape in sorted(shapes.items())}
+    return {path: jnp.asarray(x + path.endswith("scale"), jnp.float32) for path, x in noise.items()}
+
+
+@functools.cache
+def bert(*, rollback: bool = False) -> Search:
+    """The model of real runs; all of its weights are trained, and dropout is everywhere."""
+    apply, shapes = functionalize(nnx.eval_shape(lambda: BertClassifier(CONFIG, num_labels=2, rngs=nnx.Rngs(0))))
+    weights = _weights({path: x.shape for path, x in shapes.items()})
+    return Search(apply, partition(weights, mixed=MIXED_KERNELS), rollback=rollback)
+
+
+@functools.cache
+def attention(*, inner_steps: int = 1, rollback: bool = False) -> Search:
+    """The least that has heads: it compiles in a third of the time of `bert`."""
+
+    def apply(params, batch, *, key):
+        query, output = (params[f"encoder.layers.{name}.kernel"] for name in ("query", "attention_output"))
+        x = params["embeddings.word.embedding"][batch["input_ids"]]
+
+        def layer(x, weights):
+            query, output, key = weights
+            heads = (x @ query).reshape(*x.shape[:2], H, D // H)
+            scores = jnp.einsum("bqhe,bkhe->bhqk", heads, heads)
+            scores = jnp.where(batch["attention_mask"][:, None, None] != 0, scores, -1e9)
+            kept = dropout(jax.nn.softmax(scores, axis=-1), 0.1, key)
+            return jnp.tanh(x + jnp.einsum("bhqk,bkhe->bqhe", kept, heads).reshape(x.shape) @ output), None
+
+        x = jax.lax.scan(layer, x, (query, output, jax.random.split(key, L)))[0]
+        return jnp.tanh(x[:, 0] @ params["pooler.kernel"]) @ params["classifier.kernel"]
+
+    kernels = ("encoder.layers.query.kernel", "encoder.layers.attention_output.kernel", "pooler.kernel")
+    shapes = {path: bert().shapes[path] for path in (*kernels, "classifier.kernel", "embeddings.word.embedding")}
+    parts = partition(_weights(shapes), mixed=r".*(query|output|pooler)\.kernel", frozen="embeddings.*")
+    return Search(apply, parts, inner_steps, rollback)
+
+
+def examples():
+    """A training set of texts of all lengths."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(T)[None] < rng.integers(4, T + 1, (EXAMPLES, 1))
+    return {
+        "input_ids": (rng.integers(1, VOCABULARY, mask.shape) * mask).astype(np.int32),
+        "token_type_ids": (rng.integers(0, 2, mask.shape) * mask).astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "labels": rng.integers(0, 2, EXAMPLES).astype(np.int32),
+    }
+
+
+def keys(lanes):
+    return np.stack([jax.random.key_data(jax.random.key(7 + lane)) for lane in lanes])
+
+
+class Result(NamedTuple):
+    """The state after the steps and the infos of all of them, on the host."""
+
+    state: Any
+    infos: list
+    program: str
+    """The compiled step, as text."""
+
+    @property
+    def hypergradient(self):
+        """Of the last step."""
+        return self.state.outer_opt_state[0].trace
+
+
+def compiled(step, arguments, **options):
+    return jax.jit(step, **options).lower(*arguments).compile(QUICKLY)
+
+
+def on_one_device(search, estimator, lanes=1) -> list[Result]:
+    """The plain step, without a mesh; lanes one by one."""
+    program, results = None, []
+    for lane in range(lanes):
+        state, infos = search.start(estimator, lane), []
+        given = search.parts.frozen, examples(), search.rows(lane), keys([lane])[0]
+        program = program or compiled(search.step(estimator), (state, *given, 0))
+        for step in range(STEPS):
+            state, info = program(state, *given, step)
+            infos.append(info)
+        results.append(Result(*jax.device_get((state, infos)), program.as_text()))
+    return results
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *trees)
+
+
+def on_mesh(search, estimator, *, seed=1, data=1, model=1, fully_sharded=False) -> list[Result]:
+    """One result a lane, of which there are as many as the axis `seed` is long."""
+    placement = make_placement(seed=seed, data=data, model=model, fully_sharded=fully_sharded)
+    lanes = range(seed)
+    state = stacked([search.start(estimator, lane) for lane in lanes])
+    rows = stacked([search.rows(lane) for lane in lanes])
+    with jax.set_mesh(placement.mesh):
+        state = place(state, placement.of_tree(state, search.shapes, lanes=True))
+        frozen = place(search.parts.frozen, placement.of_tree(search.parts.frozen, search.shapes))
+        table = place(examples(), jax.tree.map(lambda _: placement.replicated, examples()))
+        rows = place(rows, {name: placement.of_rows(x.ndim) for name, x in rows.items()})
+        key = place(keys(lanes), NamedSharding(placement.mesh, PartitionSpec("seed")))
+        step = each_lane(search.step(estimator), (0, None, None, 0, 0, None), seed)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        program = compiled(
+            step,
+            (state, frozen, table, rows, key, 0),
+            donate_argnums=0,
+            out_shardings=(shardings, placement.replicated),
+        )
+        infos = []
+        for number in range(STEPS):
+            state, info = program(state, frozen, table, rows, key, number)
+            infos.append(info)
+    state, infos = jax.device_get((state, infos))
+    each = [jax.tree.map(lambda x, lane=lane: x[lane], (state, infos)) for lane in lanes]
+    return [Result(*one, program.as_text()) for one in each]
+
+
+TOLERANCE = 1e-5
+
+
+def assert_equal(found: Result, expected: Result):
+    """Losses and weights to 1e-5, the hypergradient to 1e-5 of its norm."""
+    assert found.infos[0].keys() == expected.infos[0].keys()
+    for ours, theirs in zip(found.infos, expected.infos, strict=True):
+        for name in ("inner_loss", "outer_loss", "hypergradient_norm"):
+            _close(ours[name], theirs[name], 1, name)
+    _all_close(found.hypergradient, expected.hypergradient, expected.infos[-1]["hypergradient_norm"])
+    _all_close(found.state.inner.params, expected.state.inner.params, 1)
+    _all_close(found.state.outer, expected.state.outer, 1)
+
+
+def _all_close(found, expected, scale):
+    def compare(path, a, b):
+        _close(a, b, scale, jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(compare, found, expected)
+
+
+def _close(found, expected, scale, name):
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * scale, err_msg=name)
