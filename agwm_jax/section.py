@@ -1,9 +1,11 @@
 """A group of settings, a choice between registered groups, and what their checks are made of."""
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, create_model, model_validator
@@ -35,6 +37,28 @@ def refuse(*cases: tuple[bool, str]) -> None:
     faults = [text for holds, text in cases if holds]
     if faults:
         raise PydanticCustomError("cross_field", "{text}", {"text": "\n".join(faults)})
+
+
+class Located:
+    """Marks a text as a path: relative to the config that says it (an override: to the working directory).
+
+    `load_config` makes it absolute, so that it is found from anywhere. With `or_name` the text may be a name instead: it is
+    a path where it starts as one (``./``, ``../``, ``~``, ``/``) or where such a folder exists.
+    """
+
+    def __init__(self, *, or_name: bool = False):
+        """A path and nothing else by default."""
+        self.or_name = or_name
+
+    def absolute(self, text: str, folder: Path) -> str:
+        """The text, or the absolute path that it means in a config of `folder`."""
+        path = os.path.abspath(folder / os.path.expanduser(text))
+        says_so = text.startswith(("./", "../", "~", "/")) or text in (".", "..")
+        return path if text and (says_so or not self.or_name or os.path.isdir(path)) else text
+
+
+FilePath = Annotated[str, Field(min_length=1), Located()]
+FolderOrName = Annotated[str, Field(min_length=1), Located(or_name=True)]
 
 
 class Choice:
