@@ -16,8 +16,8 @@ MULTIPLE = 8  # lengths are rounded up to it: few distinct shapes to compile, an
 
 Encoded = dict[str, np.ndarray]
 """Columns of a tokenised split: ``input_ids``, ``attention_mask`` and what else the tokenizer gives or the model asks
-for, int32 [n, t]; ``labels`` [n], int32 class numbers or float32 scores, standardised where there is a scale, 0 where the
-split has none."""
+for, int32 [n, t]; ``labels`` [n], int32 class numbers or float32 scores, standardised where there is a scale, 0 where
+the split has none."""
 
 
 class EncodingReport(NamedTuple):
