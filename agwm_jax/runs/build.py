@@ -12,13 +12,13 @@ import numpy as np
 
 from agwm_jax import metrics
 from agwm_jax.core.types import Composite
-from agwm_jax.data.encode import Encoded, EncodingReport, encode_tasks
-from agwm_jax.data.tasks import LabelScale, Task, label_scale, low_resource
-from agwm_jax.engine.lanes import Member
+from agwm_jax.data.encode import Draw, EncodingReport, encode_draws
+from agwm_jax.data.tasks import LabelScale, Task
+from agwm_jax.engine.group import Member
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Method, MethodSettings, Setup
 from agwm_jax.methods.training import Finetune
-from agwm_jax.models.huggingface import Pretrained, load_pretrained, with_head
+from agwm_jax.models.huggingface import Pretrained, in_the_labels_unit, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import matching
 from agwm_jax.settings.schema import Config, Data
@@ -40,22 +40,21 @@ class Prepared(NamedTuple):
     """Everything that training one seed needs, on the host; what seeds share is held once."""
 
     seed: int
-    task: Task
-    """With the seed's draw."""
-    encoded: dict[str, Encoded]
-    reports: dict[str, EncodingReport]
-    scale: LabelScale | None
-    """The unit that a regression is trained in."""
+    draw: Draw
     pretrained: Pretrained
+    """With the seed's head."""
     method: Method
 
     @property
     def member(self) -> Member:
         """What the engine trains."""
-        data = self.encoded["train"]._asdict()
-        if self.scale is not None:
-            data["labels"] = self.scale.standardise(data["labels"])
+        data = self.draw.encoded["train"]
         return Member(self.seed, self.method, self.pretrained.params, data, stream_key(self.seed, "dropout"))
+
+    @property
+    def train_size(self) -> int:
+        """Number of training examples."""
+        return len(self.draw.encoded["train"]["labels"])
 
 
 def recipe(config: Config) -> Recipe:
@@ -91,25 +90,23 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
     """
     metrics.check(task.metrics, kind=task.kind, num_classes=len(task.label_names))
     check_length(pretrained, recipe.data)
-    tasks = [draw(task, recipe.train_size, seed) for seed in seeds]
-    encodings = encode_tasks(
-        tasks, pretrained.tokenizer, pool=task, max_length=recipe.data.max_length, pad_to=recipe.data.pad_to
+    draws = encode_draws(
+        task,
+        pretrained.tokenizer,
+        seeds=seeds,
+        train_size=recipe.train_size,
+        max_length=recipe.data.max_length,
+        pad_to=recipe.data.pad_to,
     )
     found = []
-    for seed, own, (encoded, reports) in zip(seeds, tasks, encodings, strict=True):
-        model = seeded(pretrained, seed)
-        method = build_method(recipe, model, task.kind, seed=seed, num_examples=len(encoded["train"].labels))
-        # A head that came with the checkpoint gives scores in the user's unit already.
-        scale = label_scale(own) if pretrained.head_initialised else None
-        found.append(Prepared(seed, own, encoded, reports, scale, model, method))
-    for sentence in dict.fromkeys(x["message"] for one in found[:1] for x in truncations(one.reports)):
-        warnings.warn(sentence, stacklevel=2)
+    for seed, draw in zip(seeds, draws, strict=True):
+        own = seeded(pretrained, seed, draw.scale)
+        size = len(draw.encoded["train"]["labels"])
+        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size)
+        found.append(Prepared(seed, draw, own, method))
+    for warning in truncations(found[0].draw.reports):
+        warnings.warn(warning["message"], stacklevel=2)
     return tuple(found)
-
-
-def draw(task: Task, train_size: int | None, seed: int) -> Task:
-    """The task with a seed's low-resource draw; None: the task as it is."""
-    return task if train_size is None else low_resource(task, train_size=train_size, seed=seed)
 
 
 def check_length(pretrained: Pretrained, data: Data) -> None:
@@ -126,9 +123,16 @@ def check_length(pretrained: Pretrained, data: Data) -> None:
         )
 
 
-def seeded(pretrained: Pretrained, seed: int) -> Pretrained:
-    """The model with the fresh head of a seed; all other weights are shared."""
-    return with_head(pretrained, seed=stream_seed(seed, "head"))
+def seeded(pretrained: Pretrained, seed: int, scale: LabelScale | None) -> Pretrained:
+    """The model with the head that a seed starts from; all other weights are shared.
+
+    A fresh head is drawn; one that came with the checkpoint and gives scores in the user's unit is put into that of
+    the training labels.
+    """
+    if scale is None or pretrained.head_initialised:
+        return with_head(pretrained, seed=stream_seed(seed, "head"))
+    inverse = (-scale.mean / scale.std, 1 / scale.std)
+    return pretrained._replace(params=in_the_labels_unit(pretrained.params, pretrained.model, *inverse))
 
 
 def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int, num_examples: int) -> Method:
@@ -157,19 +161,8 @@ def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int
 
 def truncations(reports: Mapping[str, EncodingReport]) -> list[dict[str, str]]:
     """A warning for every split of which texts were cut."""
-    return [
-        {"name": "texts_truncated", "message": f"split {split}: {cut_texts(report)}"}
-        for split, report in reports.items()
-        if report.truncated
-    ]
-
-
-def cut_texts(report: EncodingReport) -> str:
-    """How many texts were cut, in words."""
-    return (
-        f"{report.truncated} of {report.examples} texts ({report.truncated / report.examples:.0%}) were cut to "
-        f"{report.limit} tokens (the longest has {report.longest}): raise data.max_length or data.pad_to."
-    )
+    sentences = (report.warning(f"split {split}") for split, report in reports.items())
+    return [{"name": "texts_truncated", "message": sentence} for sentence in sentences if sentence]
 
 
 def stream_seed(seed: int, name: str) -> int:

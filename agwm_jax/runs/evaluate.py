@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from agwm_jax.data.columns import read_labelled
 from agwm_jax.data.files import check_extension
 from agwm_jax.data.predictions import read_texts, write_predictions
-from agwm_jax.data.tasks import LabelScale, Task
+from agwm_jax.data.tasks import LabelScale, Task, low_resource
 from agwm_jax.errors import AgwmError
-from agwm_jax.runs.build import build_method, check_length, draw, read_model, recipe, seeded
+from agwm_jax.runs.build import build_method, check_length, read_model, recipe, seeded
 from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
 from agwm_jax.runs.folder import read_config, read_result, weights_digest
 from agwm_jax.runs.variables import Origin, load_variables
@@ -51,13 +51,13 @@ def load_run(folder: Path, *, model: str | None = None) -> Run:
         raise AgwmError(f"the pretrained model of {folder} cannot be read: {str(error).rstrip('.')}{moved}.") from error
     how = recipe(config)
     check_length(pretrained, how.data)
-    own = seeded(pretrained, result["seed"])
+    scale = result["label_scale"] and LabelScale(**result["label_scale"])
+    own = seeded(pretrained, result["seed"], scale)
     method = build_method(how, own, task.kind, seed=result["seed"], num_examples=result["train_size"])
     shapes = method.learnt_shapes(own.params)
     learnt = load_variables(folder, shapes, Origin(config.method.model_dump(mode="json"), weights_digest(own.params)))
     params = jax.jit(method.merge)(own.params, jax.tree.map(jnp.asarray, learnt))
-    scale = result["label_scale"]
-    return Run(config, result, FittedModel(task, own, params, scale and LabelScale(**scale), how.data))
+    return Run(config, result, FittedModel(task, own, params, scale, how.data))
 
 
 def evaluate_run(
@@ -86,11 +86,12 @@ def evaluate_run(
         )
     else:
         name = split or task.report_split
-        splits = draw(run.config.task.load(), run.config.task.train_size, run.result["seed"]).splits
+        whole, size = run.config.task.load(), run.config.task.train_size
+        splits = (whole if size is None else low_resource(whole, train_size=size, seed=run.result["seed"])).splits
         if name not in splits:
             raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(splits)}.")
         rows = splits[name]
-    logits = run.model.logits(run.model.encode(rows))
+    logits = run.model.logits(run.model.encode(rows, name))
     scores, groups = run.model.scores(rows, logits), run.model.group_scores(rows, logits)
     return {"task": task.name, "split": name, "n": len(logits), "scores": scores, "groups": groups}
 
@@ -115,7 +116,7 @@ def predict_run(folder: Path, input_file: Path, output_file: Path, *, model: str
     source = read_config(folder).task
     texts = read_texts(input_file, text_columns=source.columns()[0], separator=source.separator)
     run = load_run(folder, model=model)
-    found = run.model.predict_split(texts.split)
+    found = run.model.predict_split(texts.split, input_file.name)
     write_predictions(
         output_file,
         texts,

@@ -147,16 +147,15 @@ def conclude(
     seconds: Mapping[str, float],
 ) -> Result:
     """Score what a seed learnt on every split but the training split; all processes must call it."""
-    model = FittedModel(
-        prepared.task, prepared.pretrained, merge(prepared, learnt), prepared.scale, data, placement
-    )
+    draw = prepared.draw
+    model = FittedModel(draw.task, prepared.pretrained, merge(prepared, learnt), draw.scale, data, placement)
     scores, groups = {}, {}
     with jax.set_mesh(placement.mesh):
-        for name, encoded in prepared.encoded.items():
+        for name, encoded in draw.encoded.items():
             if name != "train":
-                split, logits = prepared.task.splits[name], model.logits(encoded)
+                split, logits = draw.task.splits[name], model.logits(encoded)
                 scores[name] = model.scores(split, logits)
                 groups[name] = model.group_scores(split, logits)
-    warnings = [*truncations(prepared.reports), *(x._asdict() for x in prepared.method.warnings(records))]
+    warnings = [*truncations(draw.reports), *(x._asdict() for x in prepared.method.warnings(records))]
     groups = {name: found for name, found in groups.items() if found}
     return Result(prepared.seed, model, learnt, scores, groups, list(records), dict(seconds), warnings)

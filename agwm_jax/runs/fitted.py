@@ -20,7 +20,6 @@ from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.engine.sharding import Placement, place
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
-from agwm_jax.runs.build import cut_texts
 from agwm_jax.settings.schema import Data
 
 if TYPE_CHECKING:
@@ -66,13 +65,14 @@ class FittedModel(NamedTuple):
         )
         return found if self.scale is None else self.scale.undo(found)
 
-    def encode(self, split: "datasets.Dataset") -> Encoded:
-        """Texts as token ids; a warning says how many were cut."""
+    def encode(self, split: "datasets.Dataset", what: str) -> Encoded:
+        """Texts as token ids; a warning says how many of `what` were cut."""
         encoded, report = encode(
             split, self.pretrained.tokenizer, max_length=self.data.max_length, kind=self.task.kind
         )
-        if report.truncated:
-            warnings.warn(cut_texts(report), stacklevel=3)
+        sentence = report.warning(what)
+        if sentence is not None:
+            warnings.warn(sentence, stacklevel=3)
         return encoded
 
     def predict(self, texts: Texts) -> Predictions:
@@ -84,11 +84,11 @@ class FittedModel(NamedTuple):
         Raises:
             AgwmError: no texts, or not as the task has them.
         """
-        return self.predict_split(_split_of(texts, pair=self.task.pair))
+        return self.predict_split(_split_of(texts, pair=self.task.pair), "the call")
 
-    def predict_split(self, split: "datasets.Dataset") -> Predictions:
-        """`predict` for a data set with the columns text and, for pairs, text_pair."""
-        logits = self.logits(self.encode(split))
+    def predict_split(self, split: "datasets.Dataset", what: str) -> Predictions:
+        """`predict` for a data set with the columns text and, for pairs, text_pair; a warning calls it `what`."""
+        logits = self.logits(self.encode(split, what))
         if self.task.kind == "regression":
             return Predictions([float(x) for x in logits[:, 0]], None)
         names = [self.task.label_names[i] for i in logits.argmax(1)]
@@ -121,7 +121,7 @@ class FittedModel(NamedTuple):
         Raises:
             AgwmError: `folder` holds files, or cannot be written.
         """
-        names = self.task.label_names or None
+        names = self.task.label_names or ("score",)
         save_pretrained(folder, self.params, self.pretrained, label_names=names, label_scale=self.scale)
         return transformers_compatible(self.pretrained)
 
@@ -165,9 +165,10 @@ def predict_logits(
         batch_size: b; every program has this many rows, whatever the split, so that splits of one length share it.
         placement: of the weights; every process then asks for the same logits.
     """
-    columns = {name: column for name, column in encoded._asdict().items() if name != "labels"}
-    padded = encoded.attention_mask.shape[1]
-    last_real = (encoded.attention_mask * np.arange(1, padded + 1)).max(axis=1)
+    columns = {name: column for name, column in encoded.items() if name != "labels"}
+    mask = encoded["attention_mask"]
+    padded = mask.shape[1]
+    last_real = (mask * np.arange(1, padded + 1)).max(axis=1)
     order = np.argsort(last_real, kind="stable")
     logits = []
     for places in evaluation_plan(len(order), batch_size=batch_size):

@@ -237,7 +237,7 @@ class _Training:
         found.seconds["evaluate"] = time.perf_counter() - began
         weights = list(self.weights)
         save_variables(seed.folder, host, origin, weights=weights, task=config.run.save_weights)
-        result = describe(config, found, train_size=len(prepared.encoded["train"].labels), data=self.data)
+        result = describe(config, found, train_size=prepared.train_size, data=self.data)
         run_folder.write_result(
             seed.folder, {**result, "mesh": self.placement.describe(), "side_by_side": beside}
         )
