@@ -108,8 +108,8 @@ class Registry(Generic[T]):
                 point.load()
             except ImportError as error:
                 raise AgwmError(
-                    f"the {self.kind} {point.name!r} of another package cannot be loaded: {point.value}: {error}; repair "
-                    "or uninstall that package."
+                    f"the {self.kind} {point.name!r} of another package cannot be loaded: {point.value}: {error}; "
+                    "repair or uninstall that package."
                 ) from error
 
 

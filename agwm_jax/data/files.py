@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 
@@ -17,7 +18,8 @@ from agwm_jax.errors import AgwmError
 
 # The `datasets` builders of text formats are not used, for they change what a user wrote, also where the features are
 # given: "2024-01-31" becomes "2024-01-31 00:00:00", a row that is too short is filled up, in rows that are all too long
-# every text moves by one column, and a bad file is named without a line (tests/data/test_builders.py).
+# every text moves by one column, and a bad file is named without a line. For Parquet the builder takes the file's name
+# for a pattern and an empty file for a damaged one (all in tests/data/test_builders.py).
 _SEPARATORS = (";", "\t", "|", ",")
 _PANDAS = 'from pandas, write it with to_json(path, orient="records", lines=True)'
 
@@ -38,6 +40,13 @@ class Table(NamedTuple):
     numbers: Sequence[int]
     columns: dict[str, list[Any]]
     class_names: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, source: str, rows: datasets.Dataset) -> "Table":
+        """The table that a data set holds."""
+        kinds = {name: kind for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+        names = {name: tuple(kind.names) for name, kind in kinds.items()}
+        return cls(source, "row", range(1, len(rows) + 1), rows.to_dict(), names)
 
     def place(self, row: int) -> str:
         return f"{self.source}, {self.unit} {self.numbers[row]}"
@@ -149,11 +158,18 @@ def _read_separated(path: Path, separator: str) -> Table:
 
 
 def _read_parquet(path: Path) -> Table:
-    from agwm_jax.data.hub import parquet_table  # it reads hub data sets into tables like these
-
     if not path.exists():
         raise AgwmError(f"There is no file {path}.")
-    return parquet_table(path)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = datasets.Dataset(file.read())
+    except OSError as error:
+        raise AgwmError(f"{path} cannot be read: {error.strerror or 'not a Parquet file'}.") from None
+    except pyarrow.ArrowException:
+        raise AgwmError(f"{path} is not a Parquet file, or is damaged.") from None
+    if not len(rows):
+        raise AgwmError(f"{path} has no rows.")
+    return Table.of(str(path), rows)
 
 
 _READERS: dict[str, Callable[[Path, str | None], Table]] = {

@@ -1,7 +1,6 @@
-"""What the `datasets` library loads: data sets of the hub, folders in their layout, Parquet files."""
+"""Data sets of the hub, and folders in their layout, as the `datasets` library loads them."""
 
 import contextlib
-import glob
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,43 +38,21 @@ def hub_tables(
       AgwmError: no network, no such data set, configuration, split or column.
     """
     what = f"The data set {path}" + (f" ({name})" if name else "")
-    loaded = _load(what, path, name, copy=not Path(path).is_dir(), revision=revision)
+    loaded = _load(what, path, name, revision=revision)
     tables = {}
     for ours, theirs in splits.items():
         if theirs not in loaded:
             raise AgwmError(f"The data set {path} has no split {theirs!r}: its splits are {', '.join(loaded)}.")
         source = f"{path}, split {theirs}"
         there = check_columns(loaded[theirs].column_names, columns, source)
-        tables[ours] = _table(source, loaded[theirs].select_columns(list(dict.fromkeys(there))))
+        tables[ours] = Table.of(source, loaded[theirs].select_columns(list(dict.fromkeys(there))))
     return tables
 
 
-def parquet_table(path: Path) -> Table:
-    """All columns of a Parquet file.
-
-    Raises:
-      AgwmError: it is none, or damaged, or has no rows.
-    """
-    try:
-        # The library takes a path for a pattern.
-        loaded = _load(str(path), "parquet", None, copy=False, data_files=glob.escape(str(path)))
-    except AgwmError as error:
-        raise AgwmError(f"{path} is not a Parquet file, or is damaged.") from error
-    if not len(loaded["train"]):
-        raise AgwmError(f"{path} has no rows.")
-    return _table(str(path), loaded["train"])
-
-
-def _table(source: str, rows: datasets.Dataset) -> Table:
-    names = {name: tuple(kind.names) for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
-    return Table(source, "row", range(1, len(rows) + 1), rows.to_dict(), names)
-
-
-def _load(what: str, path: str, name: str | None, *, copy: bool, **options: Any) -> dict[str, datasets.Dataset]:
-    """`datasets.load_dataset`; without `copy` nothing of a local file is left in the user's cache."""
+def _load(what: str, path: str, name: str | None, **options: Any) -> dict[str, datasets.Dataset]:
     try:
         with quietly(), contextlib.ExitStack() as stack:
-            if not copy:
+            if Path(path).is_dir():  # nothing of a local folder is worth a copy in the user's cache
                 cache = stack.enter_context(tempfile.TemporaryDirectory())
                 options |= {"cache_dir": cache, "keep_in_memory": True}
             return dict(datasets.load_dataset(path, name, **options))

@@ -16,7 +16,7 @@ def f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     """F1 of class 1 of two."""
     from sklearn.metrics import f1_score
 
-    return f1_score(labels, predictions, pos_label=1, zero_division=0.0)
+    return float(f1_score(labels, predictions, pos_label=1, zero_division=0.0))
 
 
 @METRICS.register("macro_f1", kind="classification")
@@ -24,7 +24,7 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
     """Plain mean of F1 over the classes that occur in labels or predictions."""
     from sklearn.metrics import f1_score
 
-    return f1_score(labels, predictions, average="macro", zero_division=0.0)
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
 
 
 @METRICS.register("matthews", kind="classification")
@@ -34,4 +34,4 @@ def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
 
     if len(np.unique(predictions)) < 2 or len(np.unique(labels)) < 2:
         return 0.0  # scikit-learn warns where both are one class
-    return matthews_corrcoef(labels, predictions)
+    return float(matthews_corrcoef(labels, predictions))

@@ -1,11 +1,11 @@
 """Settings from and to YAML and the command line.
 
 pydantic-settings, tyro and jsonargparse were tried on a small schema with a nested choice. pydantic-settings finds no
-choice as soon as one setting of the default one is given ("Unable to extract tag using discriminator 'name'"); tyro makes
-a choice a subcommand, so that ``--method.noise 1`` is unknown without ``method:agwm``, and refuses ``[0, 1]``;
+choice as soon as one setting of the default one is given ("Unable to extract tag using discriminator 'name'"); tyro
+makes a choice a subcommand, so that ``--method.noise 1`` is unknown without ``method:agwm``, and refuses ``[0, 1]``;
 jsonargparse takes every form that is needed, but answers one misspelt method with ten lines, a report for each
-alternative by its class. Their YAML reads `no` as false and lets a key stand twice. What is left to do by hand is to put
-one mapping over another (`_overlay`); pydantic and PyYAML do the rest.
+alternative by its class. YAML as all three read it takes `no` for false. What is left to do by hand is to put one
+mapping over another (`_overlay`); pydantic and PyYAML do the rest.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ _ITSELF = ""  # among the overrides of parts of a section: an override of the se
 _MOVED = {
     "mixup": "method.mixup (but frozen: model.frozen)",
     "search": "method.search",
-    "hypergradient": "method.estimator (its estimator is name; neumann, conjugate_gradient, nystrom and gradient_descent "
-    "are a solver of implicit)",
+    "hypergradient": "method.estimator (its estimator is name; neumann, conjugate_gradient, nystrom and "
+    "gradient_descent are a solver of implicit)",
 }
 
 
