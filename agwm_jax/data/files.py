@@ -98,7 +98,7 @@ def _read_jsonl(path: Path) -> Table:
             )
         numbers.append(number)
         rows.append(row)
-    if len(rows) == 1 and rows[0] and all(isinstance(value, dict) for value in rows[0].values()):
+    if len(rows) == 1 and rows[0] and all(isinstance(value, dict | list) for value in rows[0].values()):
         raise AgwmError(f"{path} holds columns, one JSON object a line was expected: {_PANDAS}.")
     return _from_rows(path, numbers, rows)
 
@@ -122,16 +122,27 @@ def _tsv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list
         yield number, line.split(separator) if line else []
 
 
+def _refuse_another_separator(path: Path, header: str, separator: str) -> None:
+    other = next((mark for mark in _SEPARATORS if mark in header), None)
+    if other is None:
+        return
+    named = {mark: "a tab" if mark == "\t" else repr(mark) for mark in (other, separator)}
+    remedy = f"set task.separator to {other!r}"
+    if other == "\t":
+        remedy = "save it as .tsv"
+    elif path.suffix.lower() == ".tsv":
+        remedy = "save it as .csv" if other == "," else f"save it as .csv and {remedy}"
+    raise AgwmError(
+        f"{path}: the header {quoted(header)} looks separated by {named[other]}, not by {named[separator]}; {remedy}."
+    )
+
+
 def _read_separated(path: Path, separator: str) -> Table:
     split = _tsv_rows if path.suffix.lower() == ".tsv" else _csv_rows
     lines = split(path, _decode(path), separator)
     header = next(row for _, row in lines if row)
-    other = next((mark for mark in _SEPARATORS if mark in header[0]), None) if len(header) == 1 else None
-    if other is not None:
-        remedy = "save it as .tsv" if other == "\t" else f"set task.separator to {other!r}"
-        raise AgwmError(
-            f"{path}: the header {quoted(header[0])} looks separated by {other!r}, not {separator!r}; {remedy}."
-        )
+    if len(header) == 1:
+        _refuse_another_separator(path, header[0], separator)
     # A spreadsheet writes empty columns without a name; a single one without a name is pandas' row numbers.
     unnamed = sum(not name.strip() for name in header) > 1
     named = [index for index, name in enumerate(header) if name.strip() or not unnamed]
