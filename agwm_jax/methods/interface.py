@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from agwm_jax.methods.training import Finetune
 
 Variables = dict[str, Any]
-"""What a method learns or carries, a dict of named collections. ``"task"`` holds the trained weights by path; other names
-are a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree whose dictionary keys are paths of
+"""What a method learns or carries, a dict of named collections. ``"task"`` holds trained weights by path; other names are
+a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree whose dictionary keys are paths of
 weights, so that its leaves lie on a mesh as their weights do."""
 
 Plan = Mapping[str, Int[Any, "_ ..."]]
