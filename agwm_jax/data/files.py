@@ -147,6 +147,8 @@ def _read_separated(path: Path, separator: str) -> Table:
     unnamed = sum(not name.strip() for name in header) > 1
     named = [index for index, name in enumerate(header) if name.strip() or not unnamed]
     names = [header[index] for index in named]
+    if not names:
+        raise AgwmError(f"{path}: the header names no column.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise AgwmError(f"{path}: the header names the column {listed(repeated)} more than once.")
@@ -183,17 +185,17 @@ def _read_parquet(path: Path) -> Table:
     return Table.of(str(path), rows)
 
 
-_READERS: dict[str, Callable[[Path, str | None], Table]] = {
+_READERS: dict[str, Callable[[Path, str], Table]] = {
     ".jsonl": lambda path, _: _read_jsonl(path),
     ".ndjson": lambda path, _: _read_jsonl(path),
     ".json": lambda path, _: _read_jsonl(path),
-    ".csv": lambda path, separator: _read_separated(path, separator or ","),
+    ".csv": _read_separated,
     ".tsv": lambda path, _: _read_separated(path, "\t"),
     ".parquet": lambda path, _: _read_parquet(path),
 }
 
 
-def read_table(file: str | os.PathLike[str], *, separator: str | None = None) -> Table:
+def read_table(file: str | os.PathLike[str], *, separator: str = ",") -> Table:
     """Read a table by the extension of its name.
 
     JSON Lines: one object a line, lines end with a line feed only. CSV: quotes as RFC 4180. TSV: tab, no quoting at
@@ -201,7 +203,7 @@ def read_table(file: str | os.PathLike[str], *, separator: str | None = None) ->
     several, and an empty field is a missing value. All are UTF-8.
 
     Args:
-      separator: between the fields of a .csv file; None: a comma.
+      separator: between the fields of a .csv file.
 
     Raises:
       AgwmError: missing or empty file, unknown extension, undecodable bytes, another separator, a bad line (with its

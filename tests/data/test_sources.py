@@ -118,6 +118,11 @@ def test_an_edited_file_is_read_anew(tmp_path):
         ({"train": ["a", "b"], "validation": ["a"]}, {"label_names": ("a", "c")}, "train.jsonl, line 2: the label 'b'"),
         ({"train": [0, 2], "validation": [0]}, {"label_names": ("a", "b")}, "train.jsonl, line 2: the label 2"),
         ({"train": [0, -1], "validation": [0]}, {"label_names": ("a", "b")}, "train.jsonl, line 2: the label -1"),
+        (
+            {"train": ["0", "01"], "validation": ["0"]},
+            {"label_names": ("a", "b")},
+            "train.jsonl, line 2: the label '01'",
+        ),
         ({"train": [1, 2], "validation": [3]}, {"label_names": ("1", "2")}, "the label 3 is none of"),
         ({"train": [1, 1], "validation": [1]}, {}, "all 2 training rows are of the class '1'"),
         ({"train": [0, None], "validation": [0]}, {}, "train.jsonl, line 2: no label in column 'label'"),
@@ -167,7 +172,7 @@ def test_empty_csv_fields_are_missing(tmp_path):
         ({"metrics": ("acuracy",)}, "metrics: there is no metric 'acuracy'; did you mean accuracy"),
         ({"metrics": ("pearson",)}, "metrics: 'pearson' is no metric for classification: take accuracy"),
         ({"separator": ";"}, "separator: none of the files is a .csv"),
-        ({"separator": ";;"}, "separator"),
+        ({"separator": ":"}, "separator"),
     ],
 )
 def test_settings_that_do_not_fit(options, message):
