@@ -15,7 +15,7 @@ import numpy as np
 from agwm_jax.engine import processes
 from agwm_jax.engine.checkpoint import Checkpoints, Position
 from agwm_jax.engine.group import Group, Held, Layout, Member
-from agwm_jax.engine.lanes import Lanes, Program, Programs
+from agwm_jax.engine.lanes import Lanes, Programs
 from agwm_jax.engine.needs import INITIAL, PRETRAINED
 from agwm_jax.engine.observer import Observer
 from agwm_jax.errors import Diverged

@@ -87,7 +87,7 @@ def mixed(seed, *, splits=2):
         return {"task": dict(w0), "gate": gates(w0, key)}
 
     def gates(w0, key):
-        left, right = (w0[UP].shape[:-1] + (1,), (LAYERS, 1, MLP))
+        left, right = ((*w0[UP].shape[:-1], 1), (LAYERS, 1, MLP))
         noise = jax.random.normal(key, right)
         return {UP: LowRank(jnp.ones(left), 1 + 0.1 * noise)}
 
