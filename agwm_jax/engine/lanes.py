@@ -165,7 +165,9 @@ class Lanes:
     def _slots(self) -> tuple[int | None, ...]:
         """For every leaf of the context its place in `_step_keys`, or None where the step does not read it."""
         places = {key: place for place, key in enumerate(self._step_keys)}
-        return tuple(places.get(key) for key in jax.tree.leaves(self.needs.sources))
+        read = self.needs.take_step.reads[len(jax.tree.leaves(self.needs.state)) :]
+        keys = jax.tree.leaves(self.needs.sources)
+        return tuple(places[key] if is_read else None for key, is_read in zip(keys, read, strict=False))
 
     @property
     def _abstract_arguments(self) -> tuple[Any, ...]:

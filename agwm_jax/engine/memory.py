@@ -142,7 +142,8 @@ def limit(members: Sequence[Member], placement: Placement) -> int:
     found = (devices[0].memory_stats() or {}).get("bytes_limit")
     if found is None:
         physical = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _container_limit())
-        host = {id(x): x.nbytes for member in members for x in (*member.pretrained.values(), *member.data.values())}
+        arrays = [x for member in members for x in jax.tree.leaves((member.pretrained, member.data))]
+        host = {id(x): x.nbytes for x in arrays}
         found = int(max(0, physical - _PROCESS - sum(host.values()))) // len(devices)
     # In mebibytes: what processes exchange holds 32 bits, too few for bytes.
     return -processes.most(-(int(found) >> 20)) << 20
