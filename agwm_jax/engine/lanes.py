@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from agwm_jax.engine import needs
 from agwm_jax.engine.batches import step_batches, stream
-from agwm_jax.engine.group import Group, Held, each_lane, pick
+from agwm_jax.engine.group import Group, Held, Layout, each_lane, pick
 from agwm_jax.engine.needs import Needs, fill, finish_all, stage_name
 from agwm_jax.engine.sharding import place
 from agwm_jax.methods.interface import Context, Phase, State
@@ -35,8 +35,7 @@ class Programs:
 
     def __init__(self):
         """Nothing yet."""
-        self.needs: dict[bool, Needs] = {}
-        """By `Layout.together`."""
+        self.needs: dict[Layout, Needs] = {}
         self.compiled: dict[Any, Program] = {}
 
 

@@ -112,12 +112,10 @@ def _num_bytes(
     programs: Programs,
 ) -> tuple[int, int]:
     """Bytes of one device at the peak: of the lanes, and of what they share."""
-    together = candidate.together
+    layout = Layout(placement, candidate.together)
     with jax.set_mesh(placement.mesh):
-        group = Group(
-            members[: candidate.num_members], Layout(placement, together), weights, programs.needs.get(together)
-        )
-        programs.needs[together] = group.needs
+        group = Group(members[: candidate.num_members], layout, weights, programs.needs.get(layout))
+        programs.needs[layout] = group.needs
         found = []
         for number in range(len(group.stages)):
             lanes = Lanes(group, number)
