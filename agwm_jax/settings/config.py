@@ -11,7 +11,7 @@ mapping over another (`_overlay`); pydantic and PyYAML do the rest.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,19 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         raise AgwmError(
             f"{where}: settings of version 0.3: {'; '.join(moved)}; `agwm settings` lists all that there are"
         )
+    return parse_config(raw, where)
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "the settings") -> Config:
+    """Settings out of nested mappings, as a YAML file has them; `where` is what an error calls them.
+
+    Raises:
+        AgwmError: see `load_config`.
+    """
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(dict(raw))
     except ValidationError as error:
-        found = faults(error, raw)
+        found = faults(error, dict(raw))
     if len(found) == 1:
         raise AgwmError(f"{where}: {found[0]}")
     raise AgwmError("\n  ".join([f"{where}: {len(found)} faults", *found]))
