@@ -1,23 +1,66 @@
-"""Attention-guided weights mixup (arXiv 2403.12918) in JAX: the pure functions, importable on their own."""
+"""Attention-guided weights mixup (arXiv 2403.12918) in JAX; importing it loads nothing until a name is used."""
 
-from agwm_jax.core import estimators as hypergrad
-from agwm_jax.core import linear_solve as linear_solve
-from agwm_jax.core.bilevel import BilevelSolver as BilevelSolver
-from agwm_jax.core.bilevel import BilevelState as BilevelState
-from agwm_jax.core.bilevel import bilevel as bilevel
-from agwm_jax.core.estimators import Hypergradient as Hypergradient
-from agwm_jax.core.linear_solve import LinearSolver as LinearSolver
-from agwm_jax.core.mixup import alpha_statistics as alpha_statistics
-from agwm_jax.core.mixup import gate as gate
-from agwm_jax.core.mixup import init_alpha as init_alpha
-from agwm_jax.core.mixup import mix as mix
-from agwm_jax.core.mixup import mixup_problem as mixup_problem
-from agwm_jax.core.mixup import project_alpha as project_alpha
-from agwm_jax.core.partition import Partition as Partition
-from agwm_jax.core.partition import partition as partition
-from agwm_jax.core.types import Composite as Composite
-from agwm_jax.core.types import LowRank as LowRank
-from agwm_jax.core.types import Problem as Problem
-from agwm_jax.errors import AgwmError as AgwmError
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.3.0"
+if TYPE_CHECKING:
+    from agwm_jax import hypergrad as hypergrad
+    from agwm_jax import linear_solve as linear_solve
+    from agwm_jax.core import trees as trees
+    from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel, hypergradient
+    from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
+    from agwm_jax.core.inner import InnerSolve, InnerState, gradient_step, inner_steps
+    from agwm_jax.core.mixup import alpha_statistics, gate, init_alpha, mix, mixup_problem, project_alpha
+    from agwm_jax.core.partition import Partition, partition
+    from agwm_jax.core.solvers.base import SOLVERS, LinearSolver, Solution
+    from agwm_jax.core.types import Composite, LowRank, Problem
+    from agwm_jax.data.sources.base import TASK_SOURCES
+    from agwm_jax.errors import AgwmError
+    from agwm_jax.methods.interface import METHODS
+    from agwm_jax.metrics import METRICS
+    from agwm_jax.models.family import FAMILIES
+    from agwm_jax.models.functional import functionalize
+    from agwm_jax.models.huggingface import load_pretrained, save_pretrained
+    from agwm_jax.runs import evaluate, export, fit, predict, train
+    from agwm_jax.settings import load_config
+
+_HOME = {
+    "errors": "AgwmError",
+    "core.types": "Composite LowRank Problem",
+    "core.partition": "Partition partition",
+    "core.mixup": "alpha_statistics gate init_alpha mix mixup_problem project_alpha",
+    "core.inner": "InnerSolve InnerState gradient_step inner_steps",
+    "core.bilevel": "BilevelSolver BilevelState bilevel hypergradient",
+    "core.estimators.base": "ESTIMATORS Estimate Estimator",
+    "core.solvers.base": "SOLVERS LinearSolver Solution",
+    "methods.interface": "METHODS",
+    "models.family": "FAMILIES",
+    "models.functional": "functionalize",
+    "models.huggingface": "load_pretrained save_pretrained",
+    "data.sources.base": "TASK_SOURCES",
+    "metrics": "METRICS",
+    "settings": "load_config",
+    "runs": "evaluate export fit predict train",
+}
+"""Which module gives which public names."""
+
+_MODULES = {"hypergrad": "hypergrad", "linear_solve": "linear_solve", "trees": "core.trees"}
+_NAMES = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__version__ = "0.4.0"
+__all__ = sorted([*_NAMES, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    elif name in _NAMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,68 +1,122 @@
-"""One outer iteration as a pure step: look-ahead, hypergradient, outer update, kept inner update."""
+"""The hypergradient at a point, and one outer iteration as a pure step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from agwm_jax.core import check, trees
-from agwm_jax.core.estimators import Hypergradient
-from agwm_jax.core.inner import InnerState, inner_steps
-from agwm_jax.core.types import Batch, Problem, Scalar
+from agwm_jax.core.estimators.base import Estimate, Estimator
+from agwm_jax.core.inner import InnerSolve, InnerState, optimizer_steps, solved_elsewhere
+from agwm_jax.core.types import Batch, Info, Problem, Vector
 
 
 class BilevelState(NamedTuple):
     """What the next step needs."""
 
     inner: InnerState
-    outer: Any
+    outer: Vector
     outer_opt_state: optax.OptState
-    estimator: Any
+    estimator: PyTree
 
 
 class BilevelSolver(NamedTuple):
     """A pair of pure functions, made by `bilevel`."""
 
-    init: Callable[[Any, Any], BilevelState]
-    """``init(inner_params, outer) -> state``."""
-    step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, dict[str, Scalar]]]
+    init: Callable[[Vector, Vector], BilevelState]
+    """``init(inner_params, outer) -> state``; the state is a copy."""
+    step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Info]]
     """``step(state, inner_batches, outer_batch) -> (state, info)``; leaves of `inner_batches` are ``[k, ...]``."""
+
+
+def hypergradient(
+    problem: Problem,
+    estimator: Estimator,
+    inner: Vector | InnerState,
+    outer: Vector,
+    inner_batches: Batch,
+    outer_batch: Batch,
+    *,
+    inner_tx: optax.GradientTransformation | None = None,
+    state: PyTree | None = None,
+) -> Estimate:
+    """The gradient in `outer` of the outer loss at the solution of the inner problem, which was found in any way.
+
+    Args:
+        problem: inner and outer loss.
+        estimator: an estimator of `agwm_jax.hypergrad`, called: ``hypergrad.implicit(...)``.
+        inner: the solution w, or where the steps of `inner_tx` start (an `InnerState`, to go on with an optimiser's
+            state).
+        outer: the outer variable.
+        inner_batches: what the inner loss is taken on; leaves ``[k, ...]``. A solution on one batch has k = 1.
+        outer_batch: what the outer loss is taken on.
+        inner_tx: None: `inner` is the solution. An optimiser: k steps of it, one a batch, are the solve.
+        state: of the estimator, what the estimate before returned as ``state``; None: it starts anew.
+
+    Returns:
+        An `Estimate`, whose ``hypergradient`` is a tree like `outer`; ``info`` also has ``hypergradient_norm``.
+
+    Raises:
+        AgwmError: as for `bilevel`, or an estimator that differentiates steps (``unrolled``, ``penalty``, a
+            preconditioned ``finite_difference``) without `inner_tx`.
+
+    Example:
+        Ridge regression ``|w - 3|^2 / 2 + o |w|^2 / 2``, solved by hand: w = 3 / (1 + o).
+
+        >>> import jax.numpy as jnp
+        >>> from agwm_jax import Problem, hypergrad, hypergradient, linear_solve
+        >>> problem = Problem(lambda w, o, _: ((w - 3) ** 2 + o * w**2) / 2, lambda w, o, _: w**2)
+        >>> w, o, one_batch = jnp.float32(1.5), jnp.float32(1.0), jnp.zeros(1)
+        >>> exact = hypergrad.implicit(linear_solve.dense())
+        >>> print(hypergradient(problem, exact, w, o, one_batch, jnp.zeros(())).hypergradient)  # 2 w dw/do
+        -2.25
+    """
+    check.estimator(estimator)
+    solve = solved_elsewhere() if inner_tx is None else optimizer_steps(inner_tx)
+    start = inner if isinstance(inner, InnerState) else solve.init(inner)
+    check.variables(start.params, outer)
+    state = estimator.init(start, outer) if state is None else state
+    return _estimate(problem, estimator, solve, start, outer, inner_batches, outer_batch, state)
 
 
 def bilevel(
     problem: Problem,
-    hypergrad: Hypergradient,
+    estimator: Estimator,
     *,
     inner_tx: optax.GradientTransformation,
     outer_tx: optax.GradientTransformation,
-    project: Callable[[Any], Any] = lambda outer: outer,
-    rollback: bool = True,
+    project: Callable[[Vector], Vector] = lambda outer: outer,
+    rollback: bool = False,
 ) -> BilevelSolver:
     """Alternate k inner updates with one outer update along the hypergradient.
 
     One step: a look-ahead of k inner updates at the current outer variable; the hypergradient there; the outer update
-    and its projection; then, with `rollback`, the k updates are taken anew from the state before the look-ahead, at the
-    new outer variable and on the same batches (the order of arXiv 2403.12918); without it the look-ahead is kept,
-    which is k fb cheaper.
+    and its projection. The look-ahead is kept; with `rollback` the k updates are taken anew from the state before it,
+    at the new outer variable and on the same batches (the order of arXiv 2403.12918), which costs k fb.
 
     Pure and jittable; the caller jits, donates the state, and may build the solver inside the jitted function so that
     what `problem` closes over are traced arguments.
 
     Args:
         problem: inner and outer loss.
-        hypergrad: an estimator of `agwm_jax.hypergrad`.
-        inner_tx: optimiser of the inner variable; differentiated through by `unrolled`.
+        estimator: an estimator of `agwm_jax.hypergrad`, called: ``hypergrad.unrolled()``.
+        inner_tx: optimiser of the inner variable; differentiated through by ``unrolled``.
         outer_tx: optimiser of the outer variable, fed with the hypergradient.
         project: applied to the outer variable at the start and after every update.
         rollback: see above.
 
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
-        estimator's own diagnostics.
+        estimator's own diagnostics. The norm is NaN or infinite where the hypergradient is: stop there, for the outer
+        variable is lost.
 
     Raises:
         AgwmError: by ``init``, a variable with a leaf that is no float array; by the first trace of ``step``, a loss
-            that is no scalar, an outer loss that does not depend on the inner variable, or trees that do not match.
+            that is no scalar, an outer loss that does not depend on the inner variable, an outer variable that no loss
+            depends on, batches without their leading axis, or trees that do not match.
 
     Example:
         The toy of the DARTS paper; descent along the direct term alone ends at (2, 2), not at the optimum (1, 1).
@@ -77,29 +131,49 @@ def bilevel(
         >>> print(round(float(state.outer), 3))
         1.0
     """
+    check.estimator(estimator)
+    solve = optimizer_steps(inner_tx)
 
-    def init(inner_params, outer) -> BilevelState:
+    def init(inner_params: Vector, outer: Vector) -> BilevelState:
         check.variables(inner_params, outer)
+        inner_params, outer = jax.tree.map(lambda x: jnp.array(x, copy=True), (inner_params, outer))
         projected = project(outer)
         check.same_leaves("project(outer)", projected, "the outer variable", outer)
-        inner = InnerState(inner_params, inner_tx.init(inner_params))
-        return BilevelState(inner, projected, outer_tx.init(projected), hypergrad.init(inner, projected))
+        inner = solve.init(inner_params)
+        return BilevelState(inner, projected, outer_tx.init(projected), estimator.init(inner, projected))
 
-    def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch):
-        check.inner_batches(inner_batches)
-        check.losses(problem, state.inner.params, state.outer, inner_batches, outer_batch)
-        estimate = hypergrad.estimate(
-            problem, inner_tx, state.inner, state.outer, inner_batches, outer_batch, state.estimator
+    def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch) -> tuple[BilevelState, Info]:
+        estimate = _estimate(
+            problem, estimator, solve, state.inner, state.outer, inner_batches, outer_batch, state.estimator
         )
-        check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", state.outer)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
-        inner, estimator = estimate.inner, estimate.state
+        inner, after = estimate.inner, estimate.state
         if rollback:
-            inner, _ = inner_steps(problem.inner_loss, inner_tx, state.inner, outer, inner_batches)
-            if hypergrad.rollback is not None:
-                estimator = hypergrad.rollback(problem, inner_tx, state.estimator, outer, inner_batches, outer_batch)
-        info = {**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)}
-        return BilevelState(inner, outer, outer_opt_state, estimator), info
+            inner, _ = solve.run(problem.inner_loss, state.inner, outer, inner_batches)
+            if estimator.retake is not None:
+                after = estimator.retake(problem, solve, state.estimator, outer, inner_batches, outer_batch)
+        return BilevelState(inner, outer, outer_opt_state, after), estimate.info
 
     return BilevelSolver(init, step)
+
+
+def _estimate(
+    problem: Problem,
+    estimator: Estimator,
+    solve: InnerSolve,
+    inner: InnerState,
+    outer: Vector,
+    inner_batches: Batch,
+    outer_batch: Batch,
+    state: PyTree,
+) -> Estimate:
+    """The estimate of a problem that was looked over, with the norm in its info."""
+    check.inner_batches(inner_batches, outer_batch)
+    problem = check.scalar_losses(problem)
+    check.dependencies(problem, inner.params, outer, inner_batches, outer_batch)
+    estimate = estimator.estimate(problem, solve, inner, outer, inner_batches, outer_batch, state)
+    check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", outer)
+    return estimate._replace(
+        info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)},
+    )

@@ -1,14 +1,29 @@
 """What a bi-level problem must look like: refused with one sentence, when traced, at no cost to what is compiled."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
+from jaxtyping import PyTree
 
-from agwm_jax.core.types import Batch, Problem
+from agwm_jax.core.estimators.base import Estimator
+from agwm_jax.core.types import Batch, Composite, Loss, Problem, Vector
 from agwm_jax.errors import AgwmError
 
 
-def variables(inner, outer) -> None:
+def estimator(value: Any) -> None:
+    """It must be an estimator and not its factory."""
+    if not isinstance(value, Estimator):
+        name = getattr(value, "__name__", repr(value))
+        raise AgwmError(
+            f"the estimator is {name}: expected what a factory of agwm_jax.hypergrad returns, such as "
+            "hypergrad.unrolled(); is it called?"
+        )
+
+
+def variables(inner: PyTree, outer: PyTree) -> None:
     """Every leaf of both variables must be an array of floats."""
     for name, tree in (("inner", inner), ("outer", outer)):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -23,7 +38,7 @@ def variables(inner, outer) -> None:
                 )
 
 
-def same_leaves(name: str, tree, expected_name: str, expected) -> None:
+def same_leaves(name: str, tree: PyTree, expected_name: str, expected: PyTree) -> None:
     """Structure, shapes and dtypes of two trees must agree."""
 
     def specs(tree) -> dict[str, str]:
@@ -40,8 +55,8 @@ def same_leaves(name: str, tree, expected_name: str, expected) -> None:
         raise AgwmError(f"{name} is a {kind} where {expected_name} is a {expected_kind}: expected the same tree.")
 
 
-def inner_batches(batches: Batch) -> None:
-    """All leaves carry one leading axis of inner steps."""
+def inner_batches(batches: Batch, outer_batch: Batch) -> None:
+    """All leaves carry one leading axis of inner steps, which the outer batch lacks."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]
     steps = {shape[0] if shape else 0 for shape in shapes}
     if len(steps) != 1 or 0 in steps:
@@ -50,21 +65,62 @@ def inner_batches(batches: Batch) -> None:
             f"inner_batches has leaves of shape {found}: expected a leading axis [k, ...] of one and the same number "
             "of inner steps, 1 or more, on each."
         )
+    if jax.tree.structure(batches) != jax.tree.structure(outer_batch):
+        return
+    for (path, inner), outer in zip(
+        jax.tree_util.tree_leaves_with_path(batches), jax.tree.leaves(outer_batch), strict=True
+    ):
+        if jnp.ndim(inner) <= jnp.ndim(outer):
+            raise AgwmError(
+                f"inner_batches{jax.tree_util.keystr(path)} has shape {jnp.shape(inner)} and outer_batch "
+                f"{jnp.shape(outer)}: expected one axis more in inner_batches, [k, ...], one batch an inner step; for "
+                "a single step add it by x[None]."
+            )
 
 
-def losses(problem: Problem, inner, outer, inner_batches: Batch, outer_batch: Batch) -> None:
-    """Both losses must be scalars, and the outer one must depend on the inner variable."""
-    first = jax.tree.map(lambda x: x[0], inner_batches)
-    for name, loss, batch in (("inner", problem.inner_loss, first), ("outer", problem.outer_loss, outer_batch)):
-        closed, out = jax.make_jaxpr(loss, return_shape=True)(inner, outer, batch)
-        shapes = jax.tree.leaves(out)
-        if len(shapes) != 1 or shapes[0].shape != () or not jnp.issubdtype(shapes[0].dtype, jnp.floating):
-            got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in shapes) or "nothing"
-            raise AgwmError(f"the {name} loss returns {got}: expected a float scalar; take the mean over the batch.")
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])  # of the outer loss, the last
-    if not any(used[: len(jax.tree.leaves(inner))]):
+def scalar_losses(problem: Problem) -> Problem:
+    """The same losses, which raise where they return anything but a float scalar; no trace of their own."""
+
+    def checked(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(*args):
+            out = fn(*args)
+            leaves = [jax.typeof(leaf) for leaf in jax.tree.leaves(out)]
+            if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+                got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaves) or "nothing"
+                raise AgwmError(
+                    f"the {name} loss returns {got}: expected a float scalar; take the mean over the batch."
+                )
+            return jax.tree.leaves(out)[0]
+
+        return loss
+
+    def wrapped(name: str, loss: Loss) -> Loss:
+        if isinstance(loss, Composite):
+            return Composite(loss.outputs, checked(name, loss.criterion))
+        return checked(name, loss)
+
+    return Problem(wrapped("inner", problem.inner_loss), wrapped("outer", problem.outer_loss))
+
+
+def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: Batch, outer_batch: Batch) -> None:
+    """The outer loss must depend on the inner variable, and one of the losses on the outer one."""
+
+    def uses(loss: Loss, batch: Batch) -> tuple[bool, bool]:
+        closed = jax.make_jaxpr(loss)(inner, outer, batch)
+        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
+        split = len(jax.tree.leaves(inner))
+        return any(used[:split]), any(used[split : split + len(jax.tree.leaves(outer))])
+
+    of_inner, of_outer = uses(problem.outer_loss, outer_batch)
+    if not of_inner:
         raise AgwmError(
             "the outer loss does not depend on the inner variable, so there is nothing to differentiate through: "
             "expected outer_loss(inner, outer, batch) to use its first argument; with an outer variable alone, "
             "use jax.grad."
+        )
+    # The inner loss is traced only where the question is still open, for tracing a large model takes seconds.
+    if not of_outer and not uses(problem.inner_loss, jax.tree.map(lambda x: x[0], inner_batches))[1]:
+        raise AgwmError(
+            "no loss depends on the outer variable, so its gradient is zero: expected inner_loss(inner, outer, batch) "
+            "or outer_loss to use its second argument."
         )

@@ -5,10 +5,11 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from agwm_jax.core import trees
-from agwm_jax.core.inner import Loss
-from agwm_jax.core.types import Batch, Composite, Scalar
+from agwm_jax.core.precision import precise
+from agwm_jax.core.types import Batch, Composite, Loss, Scalar, Vector
 from agwm_jax.errors import AgwmError
 
 Hvp = Literal["linearize", "jvp", "finite_difference"]
@@ -18,13 +19,15 @@ Hvp = Literal["linearize", "jvp", "finite_difference"]
 ``"jvp"``: forward over reverse anew for every product, 3 fb (2 2/3 where J p is not asked for); nothing is kept.
 ``"finite_difference"``: a forward difference of gradients, 1 fb and one more for the gradient at the point itself; no
 second-order differentiation, so that any kernel with a gradient will do. Its step has the norm
-``sqrt((1 + |w|) 64 eps)``, eps that of w's dtype (Knoll and Keyes 2004, and 64 for what a deep network's gradient loses
-to rounding); it wants losses that are computed in that dtype.
+``sqrt((1 + |w|) 64 eps)``, eps that of the narrowest dtype in the computation (Knoll and Keyes 2004, and 64 for what a
+deep network's gradient loses to rounding). Both ends are taken at full matrix precision; below float32 it is refused.
 """
 
 Curvature = Literal["hessian", "gauss_newton"]
 """``"hessian"``, or its Gauss-Newton part, which is positive semi-definite where the criterion is convex: conjugate
 gradients and Neumann series then cannot diverge for want of convexity. Needs a `Composite` inner loss."""
+
+_DIFFERENCE = "hvp='finite_difference'"
 
 
 def check(name: str, hvp: str, curvature: str = "hessian") -> None:
@@ -34,17 +37,20 @@ def check(name: str, hvp: str, curvature: str = "hessian") -> None:
             raise AgwmError(f"{name}({option}={value!r}): expected one of {', '.join(map(repr, get_args(kind)))}.")
 
 
-def linearize(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> tuple[Scalar, Any, Any]:
+def linearize(loss: Loss, w: Vector, o: Vector, batch: Batch, hvp: Hvp) -> tuple[Scalar, Vector, Any]:
     """The loss, its gradient in w, and what `product` needs besides the point."""
     joint = _joint_gradient(loss, o, batch)
     if hvp == "linearize":
         grads, linear, value = jax.linearize(joint, w, has_aux=True)
         return value, grads[0], linear
-    grads, value = joint(w)
-    return value, grads[0], grads if hvp == "finite_difference" else None
+    if hvp == "jvp":
+        grads, value = joint(w)
+        return value, grads[0], None
+    grads, value = precise(_DIFFERENCE, joint, w).call(w)
+    return value, grads[0], grads
 
 
-def product(loss: Loss, w, o, batch: Batch, saved, p, hvp: Hvp) -> tuple[Any, Any]:
+def product(loss: Loss, w: Vector, o: Vector, batch: Batch, saved: Any, p: Vector, hvp: Hvp) -> tuple[Vector, Vector]:
     """``(H p, J p)``, the derivative of ``w -> (d_w f, d_o f)`` along p; `saved` is what `linearize` returned."""
     if hvp == "linearize":
         return saved(p)
@@ -52,12 +58,13 @@ def product(loss: Loss, w, o, batch: Batch, saved, p, hvp: Hvp) -> tuple[Any, An
     if hvp == "jvp":
         # Within a loop over products the compiler would otherwise compute what depends on w alone once, and keep it.
         return jax.jvp(lambda w: joint(w)[0], (trees.after(w, p),), (p,))[1]
-    step = _difference_step(w, p)
-    ahead, _ = joint(trees.add_scale(w, step, p))
-    return jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, saved)
+    gradient = precise(_DIFFERENCE, joint, w)
+    step = _difference_step(w, p, gradient.eps)
+    ahead, _ = gradient.call(trees.add_scale(w, step, p))
+    return _difference(ahead, saved, step)
 
 
-def gauss_newton(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> Callable[[Any], Any]:
+def gauss_newton(loss: Loss, w: Vector, o: Vector, batch: Batch, hvp: Hvp) -> Callable[[Vector], Vector]:
     """The product ``p -> Z' L Z p`` where Z = d model / d w and L is the criterion's Hessian in the outputs.
 
     Cost 4/3 fb a product, and 1/3 fb once with ``"linearize"``, in every product with ``"jvp"``;
@@ -84,10 +91,10 @@ def gauss_newton(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> Callable[[Any], An
         return lambda p: transpose(criterion_product(z, forward(p)))[0]
 
     def difference(p):
-        z, vjp = jax.vjp(outputs, trees.after(w, p))
-        step = _difference_step(w, p)
-        ahead = outputs(trees.add_scale(w, step, p))
-        tangent = jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), ahead, z)
+        model = precise(_DIFFERENCE, outputs, w)
+        z, vjp = jax.vjp(model.call, trees.after(w, p))
+        step = _difference_step(w, p, model.eps)
+        tangent = _difference(model.call(trees.add_scale(w, step, p)), z, step)
         return vjp(criterion_product(z, tangent))[0]
 
     if hvp == "linearize":
@@ -95,7 +102,7 @@ def gauss_newton(loss: Loss, w, o, batch: Batch, hvp: Hvp) -> Callable[[Any], An
     return difference if hvp == "finite_difference" else lambda p: exact(trees.after(w, p))(p)
 
 
-def _joint_gradient(loss: Loss, o, batch: Batch):
+def _joint_gradient(loss: Loss, o: Vector, batch: Batch):
     def joint(w):
         value, grads = jax.value_and_grad(loss, argnums=(0, 1))(w, o, batch)
         return grads, value
@@ -103,7 +110,9 @@ def _joint_gradient(loss: Loss, o, batch: Batch):
     return joint
 
 
-def _difference_step(w, p):
-    eps = max(jnp.finfo(x.dtype).eps for x in jax.tree.leaves(w))
-    norm = trees.norm(p)
-    return jnp.sqrt((1 + trees.norm(w)) * 64 * eps) / jnp.where(norm > 0, norm, 1)
+def _difference_step(w: Vector, p: Vector, eps: float) -> Array:
+    return jnp.sqrt((1 + trees.norm(w)) * 64 * eps) / trees.divisor(trees.norm(p))
+
+
+def _difference(end, start, step):
+    return jax.tree.map(lambda end, start: (end - start) / step.astype(end.dtype), end, start)

@@ -1,32 +1,87 @@
-"""The inner problem's optimiser: its steps, and reverse mode through one update of it."""
+"""How the inner problem is solved: by steps of an optimiser, or elsewhere."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
-from agwm_jax.core.types import Batch, Scalar
-
-Loss = Callable[[Any, Any, Batch], Scalar]
+from agwm_jax.core.types import Batch, Loss, Scalar, Vector
+from agwm_jax.errors import AgwmError
 
 
 class InnerState(NamedTuple):
     """The inner variable and its optimiser's state."""
 
-    params: Any
+    params: Vector
     opt_state: optax.OptState
 
 
-def apply_gradient(tx: optax.GradientTransformation, inner: InnerState, grads) -> InnerState:
+class InnerSolve(NamedTuple):
+    """A way to solve the inner problem; an estimator runs it, and differentiates what it did.
+
+    Made by `optimizer_steps` or `solved_elsewhere`.
+    """
+
+    init: Callable[[Vector], InnerState]
+    """``init(params) -> state``."""
+    run: Callable[[Loss, InnerState, Vector, Batch], tuple[InnerState, Float[Array, " k"]]]
+    """``run(loss, state, outer, batches) -> (state, losses [k])``; leaves of `batches` are ``[k, ...]``."""
+    update: Callable[[InnerState, Vector], InnerState] | None
+    """``update(state, grads) -> state``, one step with a gradient that is at hand: what is differentiated through.
+    None where there are no steps."""
+
+    def step(self, needed_by: str) -> Callable[[InnerState, Vector], InnerState]:
+        """`update`, for an estimator that cannot do without.
+
+        Raises:
+            AgwmError: the inner variable was solved elsewhere.
+        """
+        if self.update is None:
+            raise AgwmError(
+                f"{needed_by} needs the steps of an inner optimiser, and a solution from elsewhere has none: pass "
+                "inner_tx to take steps, or differentiate the solution itself with agwm_jax.hypergrad.implicit."
+            )
+        return self.update
+
+
+def optimizer_steps(tx: optax.GradientTransformation) -> InnerSolve:
+    """k steps of an optimiser, one a batch; k fb."""
+
+    def init(params: Vector) -> InnerState:
+        return InnerState(params, tx.init(params))
+
+    def run(loss: Loss, inner: InnerState, outer: Vector, batches: Batch) -> tuple[InnerState, Float[Array, " k"]]:
+        return inner_steps(loss, tx, inner, outer, batches)
+
+    def update(inner: InnerState, grads: Vector) -> InnerState:
+        return apply_gradient(tx, inner, grads)
+
+    return InnerSolve(init, run, update)
+
+
+def solved_elsewhere() -> InnerSolve:
+    """No steps at all: the inner variable is the user's own solution; k/3 fb for its losses."""
+
+    def init(params: Vector) -> InnerState:
+        return InnerState(params, ())
+
+    def run(loss: Loss, inner: InnerState, outer: Vector, batches: Batch) -> tuple[InnerState, Float[Array, " k"]]:
+        return inner, jax.lax.map(lambda batch: loss(inner.params, outer, batch), batches)
+
+    return InnerSolve(init, run, None)
+
+
+def apply_gradient(tx: optax.GradientTransformation, inner: InnerState, grads: Vector) -> InnerState:
     """One update of the optimiser with a gradient that is at hand."""
     updates, opt_state = tx.update(grads, inner.opt_state, inner.params)
     return InnerState(optax.apply_updates(inner.params, updates), opt_state)
 
 
 def gradient_step(
-    loss: Loss, tx: optax.GradientTransformation, inner: InnerState, outer, batch: Batch
+    loss: Loss, tx: optax.GradientTransformation, inner: InnerState, outer: Vector, batch: Batch
 ) -> tuple[InnerState, Scalar]:
     """One optimiser step on ``loss(params, outer, batch)``; the new state and the loss before it. Cost 1 fb."""
     value, grads = jax.value_and_grad(loss)(inner.params, outer, batch)
@@ -34,36 +89,9 @@ def gradient_step(
 
 
 def inner_steps(
-    loss: Loss, tx: optax.GradientTransformation, inner: InnerState, outer, batches: Batch
-) -> tuple[InnerState, Any]:
+    loss: Loss, tx: optax.GradientTransformation, inner: InnerState, outer: Vector, batches: Batch
+) -> tuple[InnerState, Float[Array, " k"]]:
     """One step a batch; `batches` carries a leading axis [k, ...]. Returns the state and the losses [k]. Cost k fb."""
     if jax.tree.leaves(batches)[0].shape[0] == 0:  # spares tracing and compiling a step that is never taken
         return inner, jnp.zeros(0)
     return jax.lax.scan(lambda state, batch: gradient_step(loss, tx, state, outer, batch), inner, batches)
-
-
-def apply_gradient_vjp(
-    tx: optax.GradientTransformation, inner: InnerState, grads, cotangent: InnerState
-) -> tuple[Any, InnerState]:
-    """Transposed Jacobian of `apply_gradient`, of its gradient and its state, times a cotangent of its result.
-
-    Cotangents of an optimiser's state hold None where it has no floats (a step count): see `float_leaves`. No loss is
-    evaluated: what this costs grows with the weights, not with the batch.
-    """
-
-    def update(grads, params, opt_floats):
-        after = apply_gradient(tx, InnerState(params, _with_floats(inner.opt_state, opt_floats)), grads)
-        return after.params, float_leaves(after.opt_state)
-
-    _, vjp = jax.vjp(update, grads, inner.params, float_leaves(inner.opt_state))
-    of_grads, of_params, of_opt_state = vjp((cotangent.params, cotangent.opt_state))
-    return of_grads, InnerState(of_params, of_opt_state)
-
-
-def float_leaves(tree):
-    """The tree with None in place of every leaf that has no derivative."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else None, tree)
-
-
-def _with_floats(tree, floats):
-    return jax.tree.map(lambda new, old: old if new is None else new, floats, tree, is_leaf=lambda x: x is None)

@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
-from agwm_jax.core.partition import Partition, Structure
+from agwm_jax.core.partition import Partition
 from agwm_jax.core.types import Alpha, Batch, Composite, LossFn, LowRank, Params, Problem, Scalar
 from agwm_jax.errors import AgwmError
 
@@ -14,11 +14,12 @@ Complement = Literal["convex", "factored"]
 
 
 def init_alpha(
-    key: PRNGKeyArray, partition: Partition, *, rank: int | Literal["full"] = 1, noise: float = 0.005
+    key: Key[Array, ""], partition: Partition, *, rank: int | Literal["full"] = 1, noise: float = 0.005
 ) -> Alpha:
     """Draw the gate of every mixed weight near 1, so that training starts as ordinary fine-tuning.
 
-    Factors are drawn from N(1, noise) and projected to [0, 1] (arXiv 2403.12918).
+    Factors are drawn from N(1, noise) and projected to [0, 1] (arXiv 2403.12918). They are float32 whatever the weights
+    are (float64 for such weights), for near 1 bfloat16 has steps of 0.004.
 
     Args:
         key: PRNG key.
@@ -40,15 +41,16 @@ def init_alpha(
 
     alpha: Alpha = {}
     for path, path_key in zip(partition.mixed, jax.random.split(key, len(partition.mixed)), strict=True):
-        weight = partition.frozen[path]
+        weight = partition.weights[path]
         *stack, d_in, d_out = weight.shape
+        dtype = jnp.promote_types(weight.dtype, jnp.float32)
         if rank == "full":
-            alpha[path] = near_one(path_key, weight.shape, weight.dtype)
+            alpha[path] = near_one(path_key, weight.shape, dtype)
         else:
             left_key, right_key = jax.random.split(path_key)
             alpha[path] = LowRank(
-                left=near_one(left_key, (*stack, d_in, rank), weight.dtype),
-                right=near_one(right_key, (*stack, rank, d_out), weight.dtype),
+                left=near_one(left_key, (*stack, d_in, rank), dtype),
+                right=near_one(right_key, (*stack, rank, d_out), dtype),
             )
     return project_alpha(alpha)
 
@@ -71,43 +73,41 @@ def gate(alpha: LowRank | Array) -> Float[Array, "*l d_in d_out"]:
     return jnp.matmul(alpha.left, alpha.right, precision=jax.lax.Precision.HIGHEST) / rank
 
 
-def mix(
-    frozen: Params,
-    task: Params,
-    alpha: Alpha,
-    *,
-    complement: Complement = "convex",
-    structure: Structure | None = None,
-) -> Params | PyTree:
+def mix(partition: Partition, task: Params, alpha: Alpha, *, complement: Complement = "convex") -> PyTree:
     """The weights of the forward pass: ``A * W + (1 - A) * W0`` where there is an alpha, else the task or frozen one.
 
-    Pure; differentiable in `task` and `alpha`. Where A = 1 the result is W bit for bit, where A = 0 it is W0.
+    Pure; differentiable in `task` and `alpha`. Where A = 1 the result is W bit for bit, where A = 0 it is W0. Each
+    weight keeps its dtype.
 
     Args:
-        frozen: pretrained weights W0 ``[*l, d_in, d_out]`` by path.
+        partition: of the pretrained weights W0 ``[*l, d_in, d_out]``.
         task: task weights W by path.
         alpha: gates by path; ``{}`` gives the task weights.
         complement: ``"convex"`` as above, or ``"factored"``: ``left @ right * W + (1 - left) @ (1 - right) * W0``, what
             the released PyTorch code computes (rank 1 only; its coefficients do not sum to 1).
-        structure: ``partition.structure``; given, the result has the structure that `partition` was given.
 
     Returns:
-        A flat dict by path, or with `structure` the user's own pytree.
+        The structure that `partition` was given: the user's own pytree, or a flat dict by path.
 
     Raises:
         AgwmError: an unknown complement, a gate without its weight, or one whose shape does not fit it.
     """
+    _check_partition("mix", partition)
     if complement not in ("convex", "factored"):
         raise AgwmError(f"complement = {complement!r}: expected 'convex' or 'factored'.")
+    frozen = partition.frozen
     params = {**frozen, **task}
     for path, factors in alpha.items():
         if path not in frozen or path not in task:
-            side = "frozen" if path not in frozen else "task"
-            raise AgwmError(
-                f"alpha has a gate for {path!r}, which the {side} weights lack: use one `partition` for all."
-            )
+            side = "partition does not mix" if path not in frozen else "task weights lack"
+            raise AgwmError(f"alpha has a gate for {path!r}, which the {side}: use one `partition` for all.")
         params[path] = _mixture(path, frozen[path], task[path], factors, complement)
-    return params if structure is None else structure.unflatten(params)
+    return partition.structure.unflatten(params)
+
+
+def _check_partition(name: str, value: Any) -> None:
+    if not isinstance(value, Partition):
+        raise AgwmError(f"{name}: partition is a {type(value).__name__}, expected what partition(params, ...) returns.")
 
 
 def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array, complement: Complement) -> Array:
@@ -123,10 +123,10 @@ def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array
             "expected one shape: was alpha trained on another model?"
         )
     if complement == "convex":
-        return a * task + (1 - a) * pretrained
+        return (a * task + (1 - a) * pretrained).astype(task.dtype)
     if not isinstance(factors, LowRank) or factors.left.shape[-1] != 1:
         raise AgwmError(f"{path!r}: complement='factored' is defined for rank 1 only; use complement='convex'.")
-    return a * task + (1 - factors.left) * (1 - factors.right) * pretrained
+    return (a * task + (1 - factors.left) * (1 - factors.right) * pretrained).astype(task.dtype)
 
 
 def anchor_penalty(changes: Params, anchor: float | Scalar) -> Scalar:
@@ -135,35 +135,36 @@ def anchor_penalty(changes: Params, anchor: float | Scalar) -> Scalar:
 
 
 def mixup_problem(
-    loss: LossFn,
-    frozen: Params,
-    *,
-    mixed: tuple[str, ...],
-    complement: Complement = "convex",
-    anchor: float | Scalar = 0.0,
+    loss: LossFn, partition: Partition, *, complement: Complement = "convex", anchor: float | Scalar = 0.0
 ) -> Problem:
     """The bi-level problem of weight mixup (arXiv 2403.12918): inner variable W and outer variable alpha.
 
     Args:
-        loss: ``loss(params, batch) -> scalar`` on the flat mixed weights; given as a `Composite`, the inner loss is one
-            too, with W - W0 among its outputs where there is an anchor.
-        frozen: W0. Pass it through `jax.jit` as an argument and build the problem inside, so that the weights do not
-            become constants of the program.
-        mixed: the mixed paths, over which the anchor acts.
+        loss: ``loss(params, batch) -> scalar`` on the mixed weights, in the structure that `partition` was given; as a
+            `Composite`, the inner loss is one too, with W - W0 among its outputs where there is an anchor.
+        partition: of the pretrained weights. Pass these through `jax.jit` as an argument and build partition and
+            problem inside, so that the weights do not become constants of the program.
         complement: see `mix`.
-        anchor: strength of ``anchor / 2 * |W - W0|^2`` in the inner loss; at 0 the exact hypergradient vanishes at the
-            inner optimum wherever A > 0.
+        anchor: strength of ``anchor / 2 * |W - W0|^2`` over the mixed weights in the inner loss; at 0 the exact
+            hypergradient vanishes at the inner optimum wherever A > 0.
+
+    Raises:
+        AgwmError: a negative anchor, or one with nothing mixed.
     """
-
-    if isinstance(anchor, int | float) and anchor < 0:
+    _check_partition("mixup_problem", partition)
+    is_number = isinstance(anchor, int | float)
+    if is_number and anchor < 0:
         raise AgwmError(f"anchor = {anchor}: expected a strength of 0 or more.")
-    anchored = mixed if not isinstance(anchor, int | float) or anchor > 0 else ()
+    anchored = () if is_number and anchor == 0 else partition.mixed
+    if not anchored and not (is_number and anchor == 0):
+        raise AgwmError(f"anchor = {anchor}, and nothing is mixed: it would act on no weight; mix some, or leave it 0.")
+    pretrained = partition.frozen
 
-    def effective(task: Params, alpha: Alpha) -> Params:
-        return mix(frozen, task, alpha, complement=complement)
+    def effective(task: Params, alpha: Alpha) -> PyTree:
+        return mix(partition, task, alpha, complement=complement)
 
     def changes(task: Params) -> Params:
-        return {path: task[path] - frozen[path] for path in anchored}
+        return {path: task[path] - pretrained[path] for path in anchored}
 
     def outer_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
         return loss(effective(task, alpha), batch)

@@ -2,11 +2,11 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from agwm_jax.core.types import Params
@@ -33,34 +33,52 @@ class Structure(NamedTuple):
 class Partition(NamedTuple):
     """The weights of a model, split by role. See :func:`partition`."""
 
-    frozen: Params
-    """Never trained: the pretrained copy W0 of every mixed weight, and what matched `frozen`."""
-    task: Params
-    """Trained by the inner problem: the task copy W of every mixed weight, and everything else that is not frozen."""
+    weights: Params
+    """All of them by path, as `partition` got them."""
     mixed: tuple[str, ...]
     """Paths that have a copy on both sides."""
+    fixed: tuple[str, ...]
+    """Paths that are never trained."""
     structure: Structure
 
+    @property
+    def frozen(self) -> Params:
+        """Never trained: the pretrained weight W0 of every mixed path, and what matched `frozen`."""
+        return {path: jnp.asarray(self.weights[path]) for path in (*self.fixed, *self.mixed)}
 
-def partition(params: PyTree, *, mixed: str, frozen: str | None = None) -> Partition:
+    @property
+    def task(self) -> Params:
+        """Trained by the inner problem, to start with: the task weight W of every mixed path, and all other weights.
+
+        A copy, made anew each time, so that a donated training state never deletes W0; under tracing there is nothing
+        to copy.
+        """
+        fixed = set(self.fixed)
+        trained = {path: w for path, w in self.weights.items() if path not in fixed}
+        return {path: w if isinstance(w, jax.core.Tracer) else jnp.array(w, copy=True) for path, w in trained.items()}
+
+
+def partition(params: PyTree, *, mixed: str | Sequence[str], frozen: str | Sequence[str] | None = None) -> Partition:
     r"""Split a model's weights into frozen (W0), task (W) and mixed paths.
 
-    A path is the leaf's keys joined by dots (``"encoder.layers.query.kernel"``); both patterns must match a whole
-    path (`re.fullmatch`). Mixed weights are copied, so that a donated training state never deletes W0.
+    A path is the leaf's keys joined by dots (``"encoder.layers.query.kernel"``). Nothing is computed or copied, also
+    where `params` is traced; the arrays of `params` stay those of the partition.
 
     Args:
         params: any pytree of arrays: a flat or nested dict (Linen, Haiku), an NNX state, an Equinox module. Leaves
             that are no floating-point arrays are carried along unchanged.
-        mixed: regular expression of the weights to mix; each needs two axes or more, of which the last two are
-            ``[d_in, d_out]`` and the others stack layers.
-        frozen: regular expression of weights that are never trained; nothing by default.
+        mixed: the weights to mix: a regular expression that must match a whole path (`re.fullmatch`), or the paths
+            themselves. Each needs two axes or more, of which the last two are ``[d_in, d_out]`` and the others stack
+            layers. A stacked bias looks like that too, so that a pattern may not match a path that ends in ``bias`` or
+            ``scale``; listed as a path it is taken.
+        frozen: weights that are never trained, likewise; nothing by default.
 
     Returns:
         A `Partition`; ``partition.structure.unflatten(flat)`` gives back the structure of `params`.
 
     Raises:
-        AgwmError: a pattern matches nothing, is no regular expression, or matches a weight with fewer than two axes,
-            or both patterns match one path.
+        AgwmError: a pattern or path that matches nothing, is no regular expression, or matches a weight that cannot be
+            a kernel, or one weight that is both mixed and frozen.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,29 +93,25 @@ def partition(params: PyTree, *, mixed: str, frozen: str | None = None) -> Parti
     if len(set(paths)) < len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise AgwmError(f"two leaves have the same path: {_listed(twice)}; rename a key so that paths are unique.")
-    # A NumPy array is copied: as W0 it would change when its owner changes it, and go to the device at every call.
-    weights = {name: jnp.array(x) if isinstance(x, np.ndarray) else x for name, x in named if _is_weight(x)}
+    weights = {name: x for name, x in named if _is_weight(x)}
     if not weights:
         raise AgwmError("`params` has no floating-point array to train; expected the weights of a model.")
     static = {name: leaf for name, leaf in named if not _is_weight(leaf)}
 
-    mixed_paths = _matching("mixed", mixed, weights)
-    frozen_paths = _matching("frozen", frozen, weights) if frozen is not None else ()
+    mixed_paths = _chosen("mixed", mixed, weights)
+    frozen_paths = () if frozen is None else _chosen("frozen", frozen, weights)
     both = sorted(set(mixed_paths) & set(frozen_paths))
     if both:
         raise AgwmError(f"`mixed` and `frozen` both match {_listed(both)}; a weight has one role: narrow a pattern.")
     for path in mixed_paths:
-        if weights[path].ndim < 2:
+        by_pattern = isinstance(mixed, str)
+        if weights[path].ndim < 2 or (by_pattern and path.rpartition(".")[2] in ("bias", "scale")):
             raise AgwmError(
-                f"`mixed` matches {path!r} of shape {weights[path].shape}; a mixed weight needs two axes or more "
-                "[d_in, d_out]: narrow the pattern to kernels."
+                f"`mixed` matches {path!r} of shape {weights[path].shape}, which is no kernel: a mixed weight has two "
+                "axes or more [*layers, d_in, d_out], and only a list of paths may name a bias or scale; narrow the "
+                "pattern to kernels."
             )
-    return Partition(
-        frozen={path: weights[path] for path in (*frozen_paths, *mixed_paths)},
-        task={path: jnp.array(w, copy=True) for path, w in weights.items() if path not in set(frozen_paths)},
-        mixed=mixed_paths,
-        structure=Structure(treedef, paths, static),
-    )
+    return Partition(weights, mixed_paths, frozen_paths, Structure(treedef, paths, static))
 
 
 def _named_leaves(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
@@ -116,6 +130,20 @@ def _is_nnx_variable(node) -> bool:
 
 def _is_weight(leaf) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _chosen(role: str, chosen: str | Sequence[str], weights: Params) -> tuple[str, ...]:
+    """Paths by pattern, or the paths that are listed, in the order of the weights."""
+    if isinstance(chosen, str):
+        return _matching(role, chosen, weights)
+    unknown = [path for path in chosen if path not in weights]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], weights, n=3, cutoff=0.0)
+        raise AgwmError(
+            f"`{role}` lists {_listed(unknown)}, which is none of the {len(weights)} weights, such as {_listed(near)}."
+        )
+    listed = set(chosen)
+    return tuple(path for path in weights if path in listed)
 
 
 def _matching(role: str, pattern: str, weights: Params) -> tuple[str, ...]:

@@ -4,16 +4,22 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 Params = dict[str, Array]
 """Weights keyed by path, for example ``{"encoder.layers.query.kernel": [l, d, d]}``."""
 
-Batch = Any
-"""Any pytree: what a loss needs besides the weights. Randomness (a dropout key) rides in it, so that a gradient, its
+Vector = PyTree[Float[Array, "..."]]
+"""A variable, a gradient or a direction: any pytree of float arrays."""
+
+Batch = PyTree
+"""What a loss needs besides the variables. Randomness (a dropout key) rides in it, so that a gradient, its
 Hessian-vector products and both ends of a finite difference see the same mask."""
 
 Scalar = Float[Array, ""]
+
+Info = dict[str, Scalar]
+"""Diagnostics by name."""
 
 
 class LowRank(NamedTuple):
@@ -29,6 +35,9 @@ Alpha = dict[str, LowRank | Array]
 LossFn = Callable[[Any, Batch], Scalar]
 """``loss(params, batch)``: a mean over the batch's real examples."""
 
+Loss = Callable[[Vector, Vector, Batch], Scalar]
+"""``loss(inner, outer, batch)``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
@@ -39,8 +48,8 @@ class Composite:
     ``outputs = (logits, w)`` for a penalty on w.
     """
 
-    outputs: Callable[..., Any]
-    """``outputs(*variables, batch) -> z``: any pytree of float arrays."""
+    outputs: Callable[..., Vector]
+    """``outputs(*variables, batch) -> z``."""
     criterion: Callable[[Any, Batch], Scalar]
     """``criterion(z, batch) -> scalar``."""
 
@@ -56,5 +65,5 @@ class Problem(NamedTuple):
     (in weight mixup: the task weights and alpha). For ``curvature="gauss_newton"`` the inner loss is a `Composite`.
     """
 
-    inner_loss: Callable[[Any, Any, Batch], Scalar]
-    outer_loss: Callable[[Any, Any, Batch], Scalar]
+    inner_loss: Loss
+    outer_loss: Loss

@@ -91,8 +91,9 @@ class Agwm(MethodSettings):
     """Attention-guided weights mixup: a gate A between W and W0, learnt by bi-level optimisation.
 
     On each of `search.num_splits` random splits of the training set, from the pretrained weights:
-    ``min_alpha L_val(mix(W0, W*, alpha))`` where ``W* = argmin_W L_train(mix(W0, W, alpha)) + anchor/2 |W - W0|^2``. The
-    results are averaged; then alpha is fixed and W is trained on the whole training set with a fresh optimiser.
+    ``min_alpha L_val(mix(W0, W*, alpha))`` where ``W* = argmin_W L_train(mix(W0, W, alpha)) + anchor/2 |W - W0|^2``.
+    The results are averaged; then alpha is fixed and W is trained on the whole training set with a fresh optimiser.
+    Accumulation of gradients is for that second stage: the search takes its batches whole.
 
     Cost of a search step: of the estimator, and one fb an inner step with `search.rollback`; of a finetune step 1 fb.
     Memory: of the estimator, and W0 beside W. Source: arXiv 2403.12918.

@@ -13,8 +13,8 @@ from agwm_jax.methods.training import TASK, task_weights, training_phase
 class FrozenAlpha(MethodSettings):
     """Fine-tuning through ``A * W + (1 - A) * W0`` whose gate A is drawn once and never trained.
 
-    The control that tells what the mixture does by itself. With ``mixup.noise: 0``, A is 1 and this is `vanilla` bit for
-    bit. Cost 1 fb a step; memory of plain fine-tuning and of W0. Source: ablation of arXiv 2403.12918.
+    The control that tells what the mixture does by itself. With ``mixup.noise: 0``, A is 1 and this is `vanilla` bit
+    for bit. Cost 1 fb a step; memory of plain fine-tuning and of W0. Source: ablation of arXiv 2403.12918.
     """
 
     name: Literal["frozen_alpha"] = Field(default="frozen_alpha", description="fine-tuning method")

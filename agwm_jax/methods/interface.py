@@ -1,4 +1,4 @@
-"""What a fine-tuning method is: its settings build stages of phases and a merge; the engine runs them by these alone."""
+"""What a fine-tuning method is: settings that build stages of phases and a merge, by which the engine runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from agwm_jax.core.types import Batch, Composite, Params, Scalar
+from agwm_jax.methods.warning import MethodWarning as MethodWarning
 from agwm_jax.models.model import Model
 from agwm_jax.registry import Registry
 from agwm_jax.section import Section
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from agwm_jax.methods.training import Finetune
 
 Variables = dict[str, Any]
-"""What a method learns or carries, a dict of named collections. ``"task"`` holds trained weights by path (all of them, or
-those that are trained); other names are a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree
-whose dictionary keys are paths of weights, so that its leaves lie on a mesh as their weights do."""
+"""What a method learns or carries, a dict of named collections. ``"task"`` holds the trained weights by path; other names
+are a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree whose dictionary keys are paths of
+weights, so that its leaves lie on a mesh as their weights do."""
 
 Plan = Mapping[str, Int[Any, "_ ..."]]
 """Rows of the training set for every step, ``[steps, *k, b]`` by the name of the batch; -1 pads a last short one."""
@@ -53,10 +54,12 @@ class Phase(NamedTuple):
     name: str
     plan: Plan
     start: Callable[[Context, Key[Array, ""]], State]
-    """``start(context, key) -> state``; the key is the phase's own."""
+    """``start(context, key) -> state``; the key is the phase's own. Leaves may be arrays of the context: who donates
+    the state copies them first."""
     step: Callable[[State, Context, Batches, Key[Array, ""], Int[Array, ""]], tuple[State, Info]]
-    """``step(state, context, batches, key, step) -> (state, info)``: `key` is this step's, for noise of the method's own
-    (dropout keys ride in the batches), `step` counts from 0. ``info`` holds ``loss`` and whatever is worth a curve."""
+    """``step(state, context, batches, key, step) -> (state, info)``: `key` is this step's, for noise of the method's
+    own (dropout keys ride in the batches), `step` counts from 0. ``info`` holds ``loss`` and whatever is worth a
+    curve."""
     finish: Callable[[Context, State], Variables]
     """``finish(context, state) -> learnt``: what later phases, `Method.merge` and the run folder get."""
     monitor: Callable[[State], Info] = lambda state: {}
@@ -73,23 +76,17 @@ Stage = tuple[Phase, ...]
 their `finish` is called in order."""
 
 
-class MethodWarning(NamedTuple):
-    """A failure signature: a short fixed `name` to search for, a `message` that says what was seen and what to do."""
-
-    name: str
-    message: str
-
-
 class Method(NamedTuple):
     """A fine-tuning method, ready for the engine."""
 
     init: Callable[[Params, Key[Array, ""]], Variables]
     """``init(pretrained, key) -> variables``; leaves that start as a pretrained weight may be that very array."""
     stages: tuple[Stage, ...]
-    """They follow each other."""
+    """They follow each other. What a phase gets by chance (its key, its steps' keys, dropout) depends on the run's seed
+    and the phase's name alone, so that a method that reduces to another one gives the same bits."""
     merge: Callable[[Params, Variables], Params]
-    """``merge(pretrained, learnt) -> weights of the forward pass``, all paths of the model: what is evaluated, predicted
-    with and exported."""
+    """``merge(pretrained, learnt) -> weights of the forward pass``, all paths of the model: what is evaluated,
+    predicted with and exported."""
     warnings: Callable[[Sequence[Mapping[str, Any]]], Sequence[MethodWarning]] = lambda records: ()
     """Failure signatures in the records of a run, while it runs or after."""
 
@@ -130,6 +127,8 @@ class Setup(NamedTuple):
     """Of the training set."""
     rng: Callable[[str], np.random.Generator]
     """Random numbers for a use of that name; they depend on the run's seed and the name alone."""
+    accumulate: int = 1
+    """Into how many parts a batch is cut, whose gradients are summed; a bi-level search takes its batches whole."""
 
     @property
     def trainable(self) -> tuple[str, ...]:

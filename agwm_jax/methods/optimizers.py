@@ -53,7 +53,7 @@ def schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
 
 
 def decay_mask(decaying: Mapping[str, bool]) -> Callable[[Any], Any]:
-    """optax's mask of weight decay for any pytree: a leaf decays as the weight whose path is the last key on its way."""
+    """The mask of weight decay for any pytree: a leaf decays as the weight whose path is the last key on its way."""
 
     def mask(tree):
         def decides(path, _) -> bool:

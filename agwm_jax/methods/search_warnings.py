@@ -2,20 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+
+from agwm_jax.methods.warning import MethodWarning
 
 # A finished phase must have this many steps before its first and last quarter are compared: with fewer, a quarter is
 # one or two batches and the comparison is noise.
 MIN_STEPS = 12
-
-
-class MethodWarning(NamedTuple):
-    """A failure signature: a short fixed `name` to search for, a `message` that says what was seen and what to do."""
-
-    name: str
-    message: str
 
 
 def search_warnings(
@@ -97,25 +92,25 @@ def spread_warnings(
                 f"the scores of {method} have standard deviation {spread:.4f} over {len(values)} seeds, those of "
                 f"{baseline} {base:.4f}: the method is meant to lower it. The ratio {ratio:.2f} is {weight} what "
                 f"chance does with so few seeds (up to {chance:.2f} in 19 cases of 20). Run more seeds; if it stays, "
-                "lower search.outer.learning_rate or raise search.num_splits.",
+                "lower method.search.outer.learning_rate or raise method.search.num_splits.",
             )
         )
     return warnings
 
 
 _REMEDIES = {
-    "alpha_collapsed": "The model is little more than the pretrained one: lower search.outer.learning_rate or "
-    "search.epochs.",
-    "alpha_unmoved": "What follows is plain fine-tuning: raise search.outer.learning_rate or search.epochs, and check "
-    "that the hypergradient is not zero.",
+    "alpha_collapsed": "The model is little more than the pretrained one: lower method.search.outer.learning_rate or "
+    "method.search.epochs.",
+    "alpha_unmoved": "What follows is plain fine-tuning: raise method.search.outer.learning_rate or "
+    "method.search.epochs, and check that the hypergradient is not zero.",
     "validation_loss_not_falling": "The search does not learn what the validation split asks for: change "
-    "search.inner.learning_rate, raise search.epochs, or raise search.validation_fraction.",
-    "hypergradient_vanished": "Alpha gets no signal: where search.anchor is 0 the exact hypergradient is zero, so set "
-    "it above 0 (0.1 is a start) or use a truncated estimator.",
-    "linear_solve_diverged": "Lower hypergradient.step_size (or set it to auto), raise hypergradient.damping or rho, "
-    "take hypergradient.curvature gauss_newton, or set search.anchor above 0.",
-    "hypergradient_not_finite": "The linear solve or the loss has diverged: lower the step size of the solver or "
-    "search.inner.learning_rate, or give Adam an eps_root above 0 when differentiating through it.",
+    "method.search.inner.learning_rate, raise method.search.epochs, or raise method.search.validation_fraction.",
+    "hypergradient_vanished": "Alpha gets no signal: where method.search.anchor is 0 the exact hypergradient is zero, "
+    "so set it above 0 (0.1 is a start) or use a truncated estimator.",
+    "linear_solve_diverged": "In method.estimator lower the solver's step_size (or set it to auto), raise its damping "
+    "or rho, or take curvature gauss_newton; or set method.search.anchor above 0.",
+    "hypergradient_not_finite": "The linear solve or the loss has diverged: lower the step size of the solver in "
+    "method.estimator, or method.search.inner.learning_rate.",
 }
 
 

@@ -13,14 +13,16 @@ which a pretrained checkpoint lacks."""
 
 LAYERS = "layers"
 """Logical axis of weights that are stacked over layers; always the first."""
+CLASSES = "classes"
+"""Logical axis that counts what the head tells apart; always the last."""
 
 
 class Weight(NamedTuple):
     """One weight of a model.
 
-    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``width`` (of the hidden state, as rows or
-    columns of a matrix), ``heads`` (heads times their width), ``mlp`` (inner width), ``classes``; ``vector`` for the
-    only axis of a bias or a norm that has the hidden state's width. The mesh maps them to devices by one small table.
+    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``positions``, ``types`` (rows of a
+    table), ``width`` (of the hidden state, as rows or columns of a matrix), ``heads`` (heads times their width), ``mlp``
+    (inner width), ``classes``; ``vector`` for the only axis of a bias or a norm that has the hidden state's width. The mesh maps them to devices by one small table.
     """
 
     role: Role
@@ -33,6 +35,11 @@ class Weight(NamedTuple):
     def is_stacked(self) -> bool:
         """Whether the first axis counts layers."""
         return self.axes[:1] == (LAYERS,)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes without that of layers: a kernel or a table, not a bias or a norm."""
+        return len(self.axes) - self.is_stacked > 1
 
 
 Weights = Mapping[str, Weight]
@@ -78,14 +85,8 @@ def matching(
 
 
 def decays(weights: Weights) -> dict[str, bool]:
-    """Which weights decay: matrices and tables do, biases and norms do not.
-
-    Of the head, kernels decay and biases do not: they have one axis.
-    """
-    return {
-        path: weight.role in ("kernel", "embedding") or (weight.role == "head" and len(weight.axes) > 1)
-        for path, weight in weights.items()
-    }
+    """Which weights decay: matrices and tables do, biases and norms do not."""
+    return {path: weight.is_matrix for path, weight in weights.items()}
 
 
 def num_layers(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -1,133 +1,75 @@
-"""Scores and predictions of a model, and of a finished run."""
+"""Finished runs in use: scored, asked for predictions, exported; all of them by `Method.merge` and nothing else."""
 
-import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float
-from scipy.special import softmax
 
-from agwm_jax import metrics
-from agwm_jax.core.mixup import mix
-from agwm_jax.core.partition import partition
-from agwm_jax.core.types import Batch, Params
-from agwm_jax.data.encode import MULTIPLE, Encoded, encode
+from agwm_jax.data.columns import read_labelled
 from agwm_jax.data.files import check_extension
-from agwm_jax.data.plan import evaluation_plan
 from agwm_jax.data.predictions import read_texts, write_predictions
-from agwm_jax.data.tasks import Task, read_labelled
-from agwm_jax.engine.sharding import Placement, place
+from agwm_jax.data.tasks import LabelScale, Task, low_resource
 from agwm_jax.errors import AgwmError
-from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
-from agwm_jax.runs.build import build_model, build_task, text_and_label_columns
-from agwm_jax.runs.folder import load_weights, read_config, read_result, weights_digest
-from agwm_jax.settings.config import Config
+from agwm_jax.runs.build import build_method, check_length, read_model, recipe, seeded
+from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
+from agwm_jax.runs.folder import read_config, read_result, weights_digest
+from agwm_jax.runs.variables import Origin, load_variables
+from agwm_jax.settings.schema import Config
 
 
-def text_columns(encoded: Encoded) -> dict[str, np.ndarray]:
-    """The columns of a split by name."""
-    return dict(encoded._asdict())
+class Run(NamedTuple):
+    """A finished run as its folder has it."""
+
+    config: Config
+    result: dict[str, Any]
+    """The content of result.json."""
+    model: FittedModel
 
 
-def columns_on_device(encoded: Encoded) -> dict[str, jax.Array]:
-    """The columns of a split as device arrays."""
-    return {name: jnp.asarray(column) for name, column in text_columns(encoded).items()}
-
-
-def predict_logits(
-    apply: Callable[..., jax.Array],
-    params: Params,
-    encoded: Encoded,
-    *,
-    batch_size: int,
-    placement: Placement | None = None,
-) -> Float[np.ndarray, "n c"]:
-    """Logits of every example of a split, in its order, without dropout; on a mesh, where the weights lie on one.
-
-    Texts of like length share a batch, which is cut to one of a few lengths.
+def load_run(folder: Path, *, model: str | None = None) -> Run:
+    """Read a finished run; its task comes without data.
 
     Args:
-        apply: of `load_pretrained`: ``apply(params, batch, reverse_only=True) -> logits [b, c]``.
-        params: by path.
-        encoded: the split, n examples padded to t tokens.
-        batch_size: b; every program has this many rows, whatever the split, so that splits of one length share it.
-        placement: of the weights; every process then asks for the same logits.
-    """
-    columns = {name: column for name, column in text_columns(encoded).items() if name != "labels"}
-    padded = encoded.attention_mask.shape[1]
-    last_real = (encoded.attention_mask * np.arange(1, padded + 1)).max(axis=1)
-    order = np.argsort(last_real, kind="stable")
-    logits = []
-    for places in evaluation_plan(len(order), batch_size=batch_size):
-        rows = order[np.maximum(places, 0)]
-        length = min(x for x in program_lengths(padded) if x >= last_real[rows].max())
-        batch = {name: x[rows, :length] for name, x in columns.items()}
-        if placement is not None:
-            batch = place(batch, jax.tree.map(lambda x: placement.of_batch(x.shape), batch))
-        logits.append(_batch_logits(apply, placement and placement.replicated, params, batch))
-    by_length = np.concatenate([np.asarray(x) for x in logits])[: len(order)]
-    found = np.empty_like(by_length)
-    found[order] = by_length
-    return found
-
-
-def program_lengths(padded: int) -> set[int]:
-    """The lengths in tokens that batches of a split are cut to, each a program to compile: all, a half, a quarter.
-
-    On a CPU padding costs more than two more programs; elsewhere a split of a few thousand texts takes less time than
-    compiling one, and is not cut.
-    """
-    parts = (1, 2, 4) if jax.default_backend() == "cpu" else (1,)
-    return {min(padded, math.ceil(padded / part / MULTIPLE) * MULTIPLE) for part in parts}
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _batch_logits(apply: Callable[..., jax.Array], where, params: Params, batch: Batch) -> jax.Array:
-    logits = apply(params, batch, reverse_only=True)
-    return logits if where is None else jax.lax.with_sharding_constraint(logits, where)
-
-
-def scores(task: Task, name: str, logits: np.ndarray) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Metrics of one split, and of its groups where the split has a column `group`."""
-    split = task.splits[name]
-    labels = np.asarray(split["label"])
-    overall = metrics.compute(task.metrics, logits, labels)
-    groups = {}
-    if "group" in split.column_names:
-        names = np.asarray(split["group"])
-        metric = "accuracy" if task.kind == "classification" else task.metrics[0]
-        for group in sorted(set(names.tolist())):
-            rows = names == group
-            groups[group] = {**metrics.compute([metric], logits[rows], labels[rows]), "n": int(rows.sum())}
-    return overall, groups
-
-
-def load_run(folder: Path) -> tuple[Config, Task, Pretrained, Params]:
-    """A finished run: config, task (without its data), and the pretrained model with the weights ``mix(W0, W, alpha)``.
+        folder: of the run.
+        model: where its pretrained model lies now, if not at `model.path` any longer.
 
     Raises:
-        AgwmError: no finished run, a damaged file, or model.path leads to another checkpoint than it did.
+        AgwmError: no finished run, a damaged file, or another pretrained model than the run started from.
     """
     config = read_config(folder)
     result = read_result(folder)
     if result is None:
         raise AgwmError(f"{folder} is not finished; run the same `agwm train` command again, it continues.")
-    task = Task(**{**result["task_description"], "splits": {}})
-    task = task._replace(label_names=tuple(task.label_names), metrics=tuple(task.metrics))
-    pretrained = build_model(config, task)
-    parts = partition(pretrained.params, mixed=config.mixup.mixed, frozen=config.mixup.frozen)
-    digest = weights_digest(pretrained.params)
-    weights = load_weights(folder, complement=config.mixup.complement, pretrained=digest)
-    return config, task, pretrained, mix(parts.frozen, weights.task, weights.alpha, complement=config.mixup.complement)
+    described = result["task_description"]
+    lists = {name: tuple(described[name]) for name in ("label_names", "metrics")}
+    task = Task(**{**described, **lists, "splits": {}})
+    try:
+        pretrained = read_model(config, task, path=model)
+    except AgwmError as error:
+        moved = "" if model is not None else "; if the model has moved, say --model PATH with the place where it lies now"
+        raise AgwmError(f"the pretrained model of {folder} cannot be read: {str(error).rstrip('.')}{moved}.") from error
+    how = recipe(config)
+    check_length(pretrained, how.data)
+    scale = result["label_scale"] and LabelScale(**result["label_scale"])
+    own = seeded(pretrained, result["seed"], scale)
+    method = build_method(how, own, task.kind, seed=result["seed"], num_examples=result["train_size"])
+    shapes = method.learnt_shapes(own.params)
+    learnt = load_variables(folder, shapes, Origin(config.method.model_dump(mode="json"), weights_digest(own.params)))
+    params = jax.jit(method.merge)(own.params, jax.tree.map(jnp.asarray, learnt))
+    return Run(config, result, FittedModel(task, own, params, scale, how.data))
 
 
-def evaluate_run(run: Path, split: str | None = None, file: Path | None = None) -> dict[str, Any]:
+def evaluate_run(
+    folder: Path, split: str | None = None, file: Path | None = None, *, model: str | None = None
+) -> dict[str, Any]:
     """Score a finished run on a split of its task, or on a labelled file with the same columns.
+
+    Args:
+        folder: of the run.
+        split: None: the one that the result reports.
+        file: instead of a split.
+        model: see `load_run`.
 
     Returns:
         ``{"task", "split", "n", "scores": {metric: value}, "groups": {group: {metric: value, "n": n}}}``.
@@ -135,23 +77,31 @@ def evaluate_run(run: Path, split: str | None = None, file: Path | None = None) 
     Raises:
         AgwmError: no finished run, no such split, a bad file.
     """
-    config, task, pretrained, params = load_run(run)
-    name = split or task.report_split
-    if file is None:
-        task = task._replace(splits=build_task(config).splits)
+    run = load_run(folder, model=model)
+    task = run.model.task
+    if file is not None:
+        texts, label = run.config.task.columns()
+        name, rows = file.name, read_labelled(
+            file, task, text_columns=texts, label_column=label, separator=run.config.task.separator
+        )
     else:
-        text_columns, label_column = text_and_label_columns(config)
-        labelled = read_labelled(file, task, text_columns=text_columns, label_column=label_column)
-        name = file.name
-        task = task._replace(splits={name: labelled})
-    if name not in task.splits:
-        raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(task.splits)}.")
-    logits = _logits(config, task, pretrained, params, task.splits[name])
-    overall, groups = scores(task, name, logits)
-    return {"task": task.name, "split": name, "n": len(logits), "scores": overall, "groups": groups}
+        name = split or task.report_split
+        whole, size = run.config.task.load(), run.config.task.train_size
+        splits = (whole if size is None else low_resource(whole, train_size=size, seed=run.result["seed"])).splits
+        if name not in splits:
+            raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(splits)}.")
+        rows = splits[name]
+    logits = run.model.logits(run.model.encode(rows, name))
+    scores, groups = run.model.scores(rows, logits), run.model.group_scores(rows, logits)
+    return {"task": task.name, "split": name, "n": len(logits), "scores": scores, "groups": groups}
 
 
-def predict_run(run: Path, input_file: Path, output_file: Path) -> int:
+def predict(folder: Path, texts: Texts, *, model: str | None = None) -> Predictions:
+    """What a finished run says of texts; see `FittedModel.predict` and `load_run`."""
+    return load_run(Path(folder), model=model).model.predict(texts)
+
+
+def predict_run(folder: Path, input_file: Path, output_file: Path, *, model: str | None = None) -> int:
     """Label the texts of a file: its columns, then the prediction and, for classes, their probabilities.
 
     Returns:
@@ -163,23 +113,21 @@ def predict_run(run: Path, input_file: Path, output_file: Path) -> int:
     check_extension(output_file)
     if output_file.exists():
         raise AgwmError(f"{output_file} exists; name another file, nothing is overwritten.")
-    texts = read_texts(input_file, text_columns=text_and_label_columns(read_config(run))[0])
-    config, task, pretrained, params = load_run(run)
-    logits = _logits(config, task, pretrained, params, texts.split)
-    if task.kind == "regression":
-        write_predictions(output_file, texts, predictions=[float(x) for x in logits[:, 0]])
-    else:
-        write_predictions(
-            output_file,
-            texts,
-            predictions=[task.label_names[i] for i in logits.argmax(1)],
-            probabilities=softmax(logits.astype(np.float64), axis=1),
-            label_names=task.label_names,
-        )
-    return len(logits)
+    source = read_config(folder).task
+    texts = read_texts(input_file, text_columns=source.columns()[0], separator=source.separator)
+    run = load_run(folder, model=model)
+    found = run.model.predict_split(texts.split, input_file.name)
+    write_predictions(
+        output_file,
+        texts,
+        predictions=found.labels,
+        probabilities=found.probabilities,
+        label_names=run.model.task.label_names,
+    )
+    return len(found.labels)
 
 
-def export_run(run: Path, folder: Path) -> str | None:
+def export_run(run: Path, folder: Path, *, model: str | None = None) -> str | None:
     """Write the merged model as a Hugging Face folder.
 
     Returns:
@@ -188,11 +136,4 @@ def export_run(run: Path, folder: Path) -> str | None:
     Raises:
         AgwmError: no finished run, or `folder` holds files.
     """
-    _, task, pretrained, params = load_run(run)
-    save_pretrained(folder, params, pretrained, label_names=task.label_names or None)
-    return transformers_compatible(pretrained)
-
-
-def _logits(config: Config, task: Task, pretrained: Pretrained, params: Params, split) -> np.ndarray:
-    encoded, _ = encode(split, pretrained.tokenizer, max_length=config.data.max_length, kind=task.kind)
-    return predict_logits(pretrained.apply, params, encoded, batch_size=config.data.eval_batch_size)
+    return load_run(run, model=model).model.save(folder)

@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import optax
 
 from agwm_jax.core import trees
-from agwm_jax.core.estimators.base import Estimate, Hypergradient, stateless
-from agwm_jax.core.inner import InnerState, apply_gradient, apply_gradient_vjp, float_leaves, inner_steps
-from agwm_jax.core.types import Problem
+from agwm_jax.core.adjoint import cotangent_of, update_vjp
+from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
+from agwm_jax.core.inner import InnerSolve, InnerState
+from agwm_jax.core.precision import precise
+from agwm_jax.core.types import Batch, Problem, Vector
 from agwm_jax.errors import AgwmError
 
 
-def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, precondition: bool = False) -> Hypergradient:
+@ESTIMATORS.register("finite_difference", cost="k + 3", paper="arXiv 1806.09055, 2310.05674")
+def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, precondition: bool = False) -> Estimator:
     """``d_o g - J x`` with ``x = step_size * v`` and ``J x`` by a central difference of ``d_o f``: first-order only.
 
     ``J x ~ (d_o f(w + e x) - d_o f(w - e x)) / 2e``, ``e = radius / |x|``, at the weights w before the last update of
@@ -22,7 +25,7 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
 
     Cost k + 3 fb for k inner steps; memory of a plain step and three vectors. The choice where second-order
     differentiation is impossible or too large. Both ends see the same batch, so the same dropout mask: with masks of
-    their own the difference is noise.
+    their own the difference is noise. Both are taken at full matrix precision; below float32 it is refused.
 
     Args:
         radius: norm of the step to either side, above 0. The error is O(radius^2) plus rounding / radius;
@@ -31,7 +34,8 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
         precondition: take x from the optimiser's update.
 
     Raises:
-        AgwmError: a radius or a step size that is not above 0, or a step size beside `precondition`.
+        AgwmError: a radius or a step size that is not above 0, or a step size beside `precondition`; at the first
+            trace, an inner loss that computes in less than float32.
     """
     if not radius > 0:
         raise AgwmError(f"finite_difference(radius={radius}): expected a radius above 0.")
@@ -43,26 +47,31 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
             "leave step_size out."
         )
 
-    def estimate(problem: Problem, tx: optax.GradientTransformation, inner, outer, inner_batches, outer_batch, state):
-        early = jax.tree.map(lambda x: x[:-1], inner_batches)
-        last = jax.tree.map(lambda x: x[-1], inner_batches)
-        inner, early_losses = inner_steps(problem.inner_loss, tx, inner, outer, early)
+    def estimate(
+        problem: Problem,
+        solve: InnerSolve,
+        inner: InnerState,
+        outer: Vector,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        state,
+    ) -> Estimate:
+        update = solve.step("finite_difference(precondition=True)") if precondition else solve.update
+        early, last = (jax.tree.map(lambda x, part=part: x[part], inner_batches) for part in (slice(-1), -1))
+        inner, early_losses = solve.run(problem.inner_loss, inner, outer, early)
         loss, grads = jax.value_and_grad(problem.inner_loss)(inner.params, outer, last)
-        after = apply_gradient(tx, inner, grads)
+        after = inner if update is None else update(inner, grads)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
         if precondition:
-            cotangent = InnerState(v, optax.tree.zeros_like(float_leaves(after.opt_state)))
-            x = trees.scale(-1, apply_gradient_vjp(tx, inner, grads, cotangent)[0])
+            x = trees.scale(-1, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
         else:
             x = trees.scale(step_size, v)
-
-        norm = trees.norm(x)
-        e = radius / jnp.where(norm > 0, norm, 1)  # where x = 0 the response is 0, not 0 / 0
+        e = radius / trees.divisor(trees.norm(x))  # where x = 0 the response is 0, not 0 / 0
+        of_outer = jax.grad(problem.inner_loss, argnums=1)
+        gradient = precise("finite_difference", lambda w: of_outer(w, outer, last), inner.params)
 
         def end(total, sign):
-            w = trees.add_scale(inner.params, sign * e, x)
-            grads = jax.grad(problem.inner_loss, argnums=1)(w, outer, last)
-            return trees.add_scale(total, sign, grads), None
+            return trees.add_scale(total, sign, gradient.call(trees.add_scale(inner.params, sign * e, x))), None
 
         # A loop, for a compiler that is given both ends at once holds the activations of both.
         difference, _ = jax.lax.scan(end, optax.tree.zeros_like(outer), jnp.array([1.0, -1.0]))
@@ -70,4 +79,4 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
         inner_loss = jnp.mean(jnp.append(early_losses, loss))
         return Estimate(hypergradient, after, state, {"inner_loss": inner_loss, "outer_loss": value})
 
-    return Hypergradient(stateless, estimate)
+    return Estimator(stateless, estimate, forward_mode=False)

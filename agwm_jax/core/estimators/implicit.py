@@ -1,7 +1,7 @@
 """Implicit differentiation: the inner response from a linear system."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,35 @@ import optax
 from agwm_jax.core import curvature as curvatures
 from agwm_jax.core import trees
 from agwm_jax.core.curvature import Curvature, Hvp
-from agwm_jax.core.estimators.base import Estimate, Hypergradient
-from agwm_jax.core.inner import InnerState, Loss, inner_steps
-from agwm_jax.core.linear_solve import LinearSolver
-from agwm_jax.core.types import Batch, Problem
+from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
+from agwm_jax.core.inner import InnerSolve, InnerState
+from agwm_jax.core.solvers.base import SOLVERS, LinearSolver
+from agwm_jax.core.types import Batch, Loss, Problem, Vector
 from agwm_jax.errors import AgwmError
 
-Product = Callable[[Any], Any]
-JointProduct = Callable[[Any], tuple[Any, Any]]
+Product = Callable[[Vector], Vector]
+JointProduct = Callable[[Vector], tuple[Vector, Vector]]
 
 
+def _check(settings: Any, *, inner_steps: int) -> None:
+    if settings.resample and inner_steps == 1:
+        raise AgwmError(
+            "implicit(resample=True): the look-ahead has 1 inner step, so that all products would see the same batch; "
+            "take more inner steps, or resample=False."
+        )
+
+
+@ESTIMATORS.register(
+    "implicit", cost="k + 2n + 4, n the products of its solver", paper="arXiv 1602.02355, 1911.02590", check=_check
+)
 def implicit(
-    solver: LinearSolver, *, hvp: Hvp = "linearize", curvature: Curvature = "hessian", resample: bool = False
-) -> Hypergradient:
-    """Implicit differentiation at the end of the look-ahead: ``d_o g - J x`` with ``x ~ B^-1 v`` from `solver`.
+    solver: Annotated[LinearSolver, SOLVERS],
+    *,
+    hvp: Hvp = "linearize",
+    curvature: Curvature = "hessian",
+    resample: bool = False,
+) -> Estimator:
+    """Implicit differentiation at the end of the inner solve: ``d_o g - J x`` with ``x ~ B^-1 v`` from `solver`.
 
     B is the Hessian H of the inner loss, or its Gauss-Newton part; B and J are taken on the last inner batch. By the
     implicit function theorem this is the hypergradient of the solved inner problem (Pedregosa 2016, arXiv 1602.02355;
@@ -49,6 +64,11 @@ def implicit(
     Raises:
         AgwmError: options that do not go together, or at the first trace ``"gauss_newton"`` without a `Composite`.
     """
+    if not isinstance(solver, LinearSolver):
+        name = getattr(solver, "__name__", repr(solver))
+        raise AgwmError(
+            f"implicit({name}): expected a linear solver, such as linear_solve.neumann(num_terms=3); is it called?"
+        )
     curvatures.check("implicit", hvp, curvature)
     if resample and not solver.resamples:
         raise AgwmError(
@@ -61,8 +81,16 @@ def implicit(
             "use hvp='jvp' or 'finite_difference'."
         )
 
-    def estimate(problem: Problem, tx: optax.GradientTransformation, inner, outer, inner_batches, outer_batch, state):
-        inner, losses = inner_steps(problem.inner_loss, tx, inner, outer, inner_batches)
+    def estimate(
+        problem: Problem,
+        solve: InnerSolve,
+        inner: InnerState,
+        outer: Vector,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        state,
+    ) -> Estimate:
+        inner, losses = solve.run(problem.inner_loss, inner, outer, inner_batches)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(inner.params, outer, outer_batch)
         w = trees.after(inner.params, v)
 
@@ -76,20 +104,21 @@ def implicit(
         solution = solver.solve(lambda p, i: on_batch(i)(p) if resample else matrix(p), v, state)
         bx, jx = joint(solution.x)
         bx = bx if curvature == "hessian" else matrix(solution.x)
-        v_norm = trees.norm(v)
         # Where the outer loss does not feel the inner variable, v = x = 0 solves the system: residual 0, not 0 / 0.
-        residual = trees.norm(optax.tree.sub(bx, v)) / jnp.where(v_norm > 0, v_norm, 1)
+        residual = trees.norm(optax.tree.sub(bx, v)) / trees.divisor(trees.norm(v))
         info = {"inner_loss": jnp.mean(losses), "outer_loss": value, "residual": residual, **solution.info}
         return Estimate(optax.tree.sub(direct, jx), inner, solution.state, info)
 
-    def init(inner: InnerState, outer):
+    def init(inner: InnerState, outer: Vector):
         del outer
         return solver.init(inner.params)
 
-    return Hypergradient(init, estimate)
+    return Estimator(init, estimate, forward_mode=hvp != "finite_difference")
 
 
-def _products(loss: Loss, w, outer, batch: Batch, hvp: Hvp, curvature: Curvature) -> tuple[Product, JointProduct]:
+def _products(
+    loss: Loss, w: Vector, outer: Vector, batch: Batch, hvp: Hvp, curvature: Curvature
+) -> tuple[Product, JointProduct]:
     """``p -> B p`` and ``p -> (H p, J p)`` on one batch; where B = H the two share what is computed once."""
     # Beside a Gauss-Newton solve the joint gradient is needed once, at the end: nothing is kept for it meanwhile.
     joint_hvp: Hvp = "jvp" if curvature == "gauss_newton" and hvp == "linearize" else hvp

@@ -1,15 +1,17 @@
 """The fully first-order estimator: two inner copies and a penalty."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from agwm_jax.core import trees
-from agwm_jax.core.estimators.base import Estimate, Hypergradient
-from agwm_jax.core.inner import InnerState, apply_gradient, inner_steps
-from agwm_jax.core.types import Problem, Scalar
+from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
+from agwm_jax.core.inner import InnerSolve, InnerState
+from agwm_jax.core.precision import precise
+from agwm_jax.core.types import Batch, Problem, Scalar, Vector
 from agwm_jax.errors import AgwmError
 
 
@@ -18,11 +20,12 @@ class PenaltyState(NamedTuple):
 
     copy: InnerState
     """The inner copy y that feels the outer loss too."""
-    num_steps: Any
-    """Outer steps taken, an int32 scalar: the weight grows with them."""
+    num_steps: Int[Array, ""]
+    """Outer steps taken: the weight grows with them."""
 
 
-def penalty(*, weight: float, growth: float = 0.0) -> Hypergradient:
+@ESTIMATORS.register("penalty", cost="3k + 3", paper="arXiv 2301.10945")
+def penalty(*, weight: float = 10.0, growth: float = 0.0) -> Estimator:
     """``d_o g(y) + lambda (d_o f(y) - d_o f(z))`` with z ~ argmin f and y ~ argmin f + g / lambda: F2SA.
 
     z is the inner variable itself; the copy y is carried from one outer step to the next and takes as many steps, with
@@ -48,35 +51,53 @@ def penalty(*, weight: float, growth: float = 0.0) -> Hypergradient:
     if not growth >= 0:
         raise AgwmError(f"penalty(growth={growth}): expected a growth of 0 or more.")
 
-    def strength(num_steps) -> Scalar:
+    def strength(num_steps: Int[Array, ""]) -> Scalar:
         return weight + growth * num_steps.astype(jnp.result_type(float))
 
-    def copy_steps(problem: Problem, tx, state: PenaltyState, outer, inner_batches, outer_batch) -> PenaltyState:
+    def copy_steps(
+        problem: Problem,
+        solve: InnerSolve,
+        state: PenaltyState,
+        outer: Vector,
+        inner_batches: Batch,
+        outer_batch: Batch,
+    ) -> PenaltyState:
         """As many steps of y on ``f + g / lambda``, the two gradients one after the other."""
+        update = solve.step("penalty")
         share = 1 / strength(state.num_steps)
 
         def step(copy: InnerState, batch):
             grads = jax.grad(problem.inner_loss)(copy.params, outer, batch)
             pull = jax.grad(problem.outer_loss)(trees.after(copy.params, grads), outer, outer_batch)
-            return apply_gradient(tx, copy, trees.add_scale(grads, share, pull)), None
+            return update(copy, trees.add_scale(grads, share, pull)), None
 
         copy, _ = jax.lax.scan(step, state.copy, inner_batches)
         return PenaltyState(copy, state.num_steps + 1)
 
-    def estimate(problem: Problem, tx: optax.GradientTransformation, inner, outer, inner_batches, outer_batch, state):
-        inner, losses = inner_steps(problem.inner_loss, tx, inner, outer, inner_batches)
-        after = copy_steps(problem, tx, state, outer, inner_batches, outer_batch)
+    def estimate(
+        problem: Problem,
+        solve: InnerSolve,
+        inner: InnerState,
+        outer: Vector,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        state: PenaltyState,
+    ) -> Estimate:
+        inner, losses = solve.run(problem.inner_loss, inner, outer, inner_batches)
+        after = copy_steps(problem, solve, state, outer, inner_batches, outer_batch)
         y, last = after.copy.params, jax.tree.map(lambda x: x[-1], inner_batches)
         value, direct = jax.value_and_grad(problem.outer_loss, argnums=1)(y, outer, outer_batch)
-        at_copy = jax.grad(problem.inner_loss, argnums=1)(trees.after(y, direct), outer, last)
-        at_inner = jax.grad(problem.inner_loss, argnums=1)(trees.after(inner.params, at_copy), outer, last)
+        of_outer = jax.grad(problem.inner_loss, argnums=1)
+        gradient = precise("penalty", lambda w: of_outer(w, outer, last), y)
+        at_copy = gradient.call(trees.after(y, direct))
+        at_inner = gradient.call(trees.after(inner.params, at_copy))
         lam = strength(state.num_steps)
         hypergradient = trees.add_scale(direct, lam, optax.tree.sub(at_copy, at_inner))
         info = {"inner_loss": jnp.mean(losses), "outer_loss": value, "penalty_weight": lam}
         return Estimate(hypergradient, inner, after, info)
 
-    def init(inner: InnerState, outer) -> PenaltyState:
+    def init(inner: InnerState, outer: Vector) -> PenaltyState:
         del outer
         return PenaltyState(jax.tree.map(lambda x: jnp.array(x, copy=True), inner), jnp.zeros((), jnp.int32))
 
-    return Hypergradient(init, estimate, rollback=copy_steps)
+    return Estimator(init, estimate, forward_mode=False, retake=copy_steps)

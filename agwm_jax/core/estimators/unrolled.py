@@ -1,18 +1,33 @@
 """Reverse mode through the inner updates."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from agwm_jax.core import curvature
+from agwm_jax.core.adjoint import cotangent_of, update_vjp
 from agwm_jax.core.curvature import Hvp
-from agwm_jax.core.estimators.base import Estimate, Hypergradient, stateless
-from agwm_jax.core.inner import InnerState, apply_gradient, apply_gradient_vjp, float_leaves, inner_steps
-from agwm_jax.core.types import Problem
+from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
+from agwm_jax.core.inner import InnerSolve, InnerState
+from agwm_jax.core.types import Batch, Problem, Vector
 from agwm_jax.errors import AgwmError
 
 
-def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Hypergradient:
+def _fits(num_steps: int | None, inner_steps: int) -> None:
+    if num_steps is not None and num_steps > inner_steps:
+        raise AgwmError(
+            f"unrolled(num_steps={num_steps}): the look-ahead has {inner_steps} inner steps; lower num_steps."
+        )
+
+
+def _check(settings: Any, *, inner_steps: int) -> None:
+    _fits(settings.num_steps, inner_steps)
+
+
+@ESTIMATORS.register("unrolled", cost="3k + 1", paper="arXiv 1703.01785, 2505.00793", check=_check)
+def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimator:
     """Reverse mode through the last k updates of the look-ahead, the optimiser itself included.
 
     The adjoint y of the weights goes back through each update ``w' = w + u(d_w f(w, o))``: through u by reverse mode,
@@ -26,9 +41,9 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Hypergr
     keeps no activations; 2k + 1 with ``"finite_difference"``. Steps of the look-ahead before the last k cost 1 each.
 
     Exact for what the look-ahead really does, and the right default: it needs no convergence and no step size
-    (Franceschi et al. 2017, arXiv 1703.01785; truncated: Shaban et al. 2019, arXiv 1810.10667). An Adam needs
-    ``eps_root > 0``: where a gradient is 0 its square root has no derivative. Its first step is ``sign(g)``, which has
-    derivative 0: only the direct term is left there, as it is at every step of an optimiser by signs, such as Lion.
+    (Franceschi et al. 2017, arXiv 1703.01785; truncated: Shaban et al. 2019, arXiv 1810.10667). Adam's first step is
+    ``sign(g)``, which has derivative 0: only the direct term is left there, as it is at every step of an optimiser by
+    signs, such as Lion.
 
     Args:
         num_steps: k; all steps of the look-ahead by default.
@@ -41,32 +56,41 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Hypergr
         raise AgwmError(f"unrolled(num_steps={num_steps}): expected 1 step or more.")
     curvature.check("unrolled", hvp)
 
-    def estimate(problem: Problem, tx: optax.GradientTransformation, inner, outer, inner_batches, outer_batch, state):
+    def estimate(
+        problem: Problem,
+        solve: InnerSolve,
+        inner: InnerState,
+        outer: Vector,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        state,
+    ) -> Estimate:
+        update = solve.step("unrolled")
         total = jax.tree.leaves(inner_batches)[0].shape[0]
-        last = total if num_steps is None else num_steps
-        if last > total:
-            raise AgwmError(f"unrolled(num_steps={last}): the look-ahead has {total} inner steps; lower num_steps.")
-        early = jax.tree.map(lambda x: x[: total - last], inner_batches)
-        late = jax.tree.map(lambda x: x[total - last :], inner_batches)
-        inner, early_losses = inner_steps(problem.inner_loss, tx, inner, outer, early)
+        _fits(num_steps, total)
+        first = 0 if num_steps is None else total - num_steps
+        early, late = (
+            jax.tree.map(lambda x, part=part: x[part], inner_batches) for part in (slice(first), slice(first, None))
+        )
+        inner, early_losses = solve.run(problem.inner_loss, inner, outer, early)
 
         def forward(inner: InnerState, batch):
             loss, grads, saved = curvature.linearize(problem.inner_loss, inner.params, outer, batch, hvp)
-            return apply_gradient(tx, inner, grads), (loss, (inner, grads, saved))
+            return update(inner, grads), (loss, (inner, grads, saved))
 
         def backward(adjoint, step):
             cotangent, hypergradient = adjoint
             (inner, grads, saved), batch = step
-            of_grads, cotangent = apply_gradient_vjp(tx, inner, grads, cotangent)
+            of_grads, cotangent = update_vjp(update, inner, grads, cotangent)
             hp, jp = curvature.product(problem.inner_loss, inner.params, outer, batch, saved, of_grads, hvp)
             cotangent = InnerState(optax.tree.add(cotangent.params, hp), cotangent.opt_state)
             return (cotangent, optax.tree.add(hypergradient, jp)), None
 
         after, (losses, steps) = jax.lax.scan(forward, inner, late)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
-        cotangent = InnerState(v, optax.tree.zeros_like(float_leaves(after.opt_state)))
+        cotangent = cotangent_of(v, after.opt_state)
         (_, hypergradient), _ = jax.lax.scan(backward, (cotangent, direct), (steps, late), reverse=True)
         inner_loss = jnp.mean(jnp.concatenate([early_losses, losses]))
         return Estimate(hypergradient, after, state, {"inner_loss": inner_loss, "outer_loss": value})
 
-    return Hypergradient(stateless, estimate)
+    return Estimator(stateless, estimate, forward_mode=hvp != "finite_difference")

@@ -1,4 +1,4 @@
-"""Which runs may be compared: runs of one task, model, training-set size and data settings, method by method."""
+"""Which runs may be compared: those of one task, model, training-set size and data settings, method by method."""
 
 import math
 import os
@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.search_warnings import MethodWarning
-from agwm_jax.report.runs import Run, read_run
+from agwm_jax.report.runs import ReportWarning, Run, read_run
 
-BASELINE = "vanilla"
-CONTROL = "frozen_alpha"
-# Settings that belong to a method name a variant of it; all others (but the bookkeeping) separate groups. Plain
-# fine-tuning reads no setting of the search, and the control none but those of the mixture.
-_METHOD_SECTIONS = ("method", "mixup", "search", "hypergradient", "finetune")
-_UNUSED = {BASELINE: ("mixup", "search", "hypergradient"), CONTROL: ("search", "hypergradient")}
-_BOOKKEEPING = ("seed", "output", "run")
+# Settings that belong to a method name a variant of it; all others (but the bookkeeping) separate comparisons.
+_METHOD_SECTIONS = ("method", "finetune")
+_BOOKKEEPING = ("seed", "output", "run", "mesh")
 _IN_TITLE = ("task.name", "task", "task.train_size", "model.path", "model.name", "method", "method.name")
 
 
-class Group(NamedTuple):
+class Comparison(NamedTuple):
     """Runs that may be compared; `methods` maps a method, or variant of one, to its runs sorted by seed."""
 
     task: str
@@ -30,10 +25,16 @@ class Group(NamedTuple):
     split: str
     methods: dict[str, list[Run]]
     differing: dict[str, dict[str, str]]  # finetune setting -> method -> value, where the methods do not share it
+    baseline: str
+    """Name of the method that the others are compared with."""
 
-    def baseline(self, method: str) -> str | None:
-        """The plain fine-tuning that `method` is compared with: the only one, or the one with its finetune settings."""
-        rivals = [name for name, runs in self.methods.items() if runs[0].method == BASELINE]
+    def is_baseline(self, method: str) -> bool:
+        """Whether `method` is the baseline or a variant of it."""
+        return self.methods[method][0].method == self.baseline
+
+    def rival(self, method: str) -> str | None:
+        """The variant of the baseline to compare `method` with: the only one, or that with its finetune settings."""
+        rivals = [name for name in self.methods if self.is_baseline(name)]
         if len(rivals) == 1:
             return rivals[0]
         own = _finetune(self.methods[method][0])
@@ -41,26 +42,25 @@ class Group(NamedTuple):
 
 
 class Collection(NamedTuple):
-    """All run folders found: groups of finished runs, the unfinished ones, and what was odd about them."""
+    """All run folders found: comparisons of finished runs, the unfinished ones, and what was odd about them."""
 
-    groups: list[Group]
+    comparisons: list[Comparison]
     unfinished: list[Run]
-    warnings: list[MethodWarning]
+    warnings: list[ReportWarning]
 
     @property
     def methods(self) -> list[str]:
-        """All methods of all groups in the order of tables and legends."""
-        return sorted({method for group in self.groups for method in group.methods}, key=method_order)
+        """All methods of all comparisons in the order of tables and legends."""
+        order = {method: not each.is_baseline(method) for each in self.comparisons for method in each.methods}
+        return sorted(order, key=lambda method: (order[method], method))
 
 
-def method_order(method: str) -> tuple[int, str]:
-    """Sort key: the baseline first, then the control, then the rest by name."""
-    first, name = (BASELINE, CONTROL), method.split(" (")[0]
-    return (first.index(name) if name in first else len(first), method)
+def collect(paths: Iterable[Path], *, baseline: str = "vanilla") -> Collection:
+    """The run folders under `paths` (a run folder holds a config.yaml), and which of the finished ones compare.
 
-
-def collect(paths: Iterable[Path]) -> Collection:
-    """Finds the run folders under `paths` (a run folder holds a config.yaml) and groups the finished ones.
+    Args:
+        paths: run folders, or folders that hold them at any depth.
+        baseline: the method that the others are compared with.
 
     Raises:
         AgwmError: a path that is not there, no run folder, no finished run, or a file that cannot be read.
@@ -69,14 +69,16 @@ def collect(paths: Iterable[Path]) -> Collection:
     runs, warnings = [], []
     for folder in _folders(paths):
         run = read_run(folder)
-        if run is None:
-            text = f"{folder}: its config.yaml names no method and task, so it is no run; the folder is left out."
-            warnings.append(MethodWarning("not_a_run", text))
+        if isinstance(run, ReportWarning):
+            warnings.append(run)
         else:
             runs.append(run)
     if not runs:
         where = ", ".join(str(path) for path in paths) or "no path was given"
-        raise AgwmError(f"No run folder found ({where}): a run folder holds a config.yaml, as `agwm train` writes it.")
+        odd = "".join(f" {warning.message}" for warning in warnings[:1])
+        raise AgwmError(
+            f"No run folder found ({where}): a run folder holds a config.yaml, as `agwm train` writes it.{odd}"
+        )
     finished, unfinished = [run for run in runs if run.result], [run for run in runs if not run.result]
     if not finished:
         names = ", ".join(str(run.folder) for run in unfinished[:5])
@@ -85,7 +87,7 @@ def collect(paths: Iterable[Path]) -> Collection:
             "Run the same `agwm train` command again; it continues where it stopped."
         )
     finished, more = _usable(finished)
-    return Collection(_group(finished), unfinished, warnings + more)
+    return Collection(_compare(finished, baseline), unfinished, warnings + more)
 
 
 def _folders(paths: Sequence[Path]) -> list[Path]:
@@ -99,7 +101,7 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
     return sorted(found.values())
 
 
-def _usable(runs: Sequence[Run]) -> tuple[list[Run], list[MethodWarning]]:
+def _usable(runs: Sequence[Run]) -> tuple[list[Run], list[ReportWarning]]:
     """Drops runs without a finite score and repeats of the same settings and seed, saying so."""
     kept: dict[object, Run] = {}
     warnings = []
@@ -107,10 +109,10 @@ def _usable(runs: Sequence[Run]) -> tuple[list[Run], list[MethodWarning]]:
         key = (_key(run), run.method, _settings(run, method=True), run.seed)
         if not math.isfinite(run.score):
             text = f"{run.folder} ended without a finite score; it counts in no mean."
-            warnings.append(MethodWarning("score_not_finite", text))
+            warnings.append(ReportWarning("score_not_finite", text))
         elif key in kept:
             text = f"{run.folder} repeats the settings and the seed of {kept[key].folder}; only the latter counts."
-            warnings.append(MethodWarning("repeated_run", text))
+            warnings.append(ReportWarning("repeated_run", text))
         else:
             kept[key] = run
     if not kept:
@@ -118,32 +120,32 @@ def _usable(runs: Sequence[Run]) -> tuple[list[Run], list[MethodWarning]]:
     return list(kept.values()), warnings
 
 
-def _group(runs: Sequence[Run]) -> list[Group]:
+def _compare(runs: Sequence[Run], baseline: str) -> list[Comparison]:
     keyed: dict[tuple, list[Run]] = {}
     for run in runs:
         keyed.setdefault(_key(run), []).append(run)
-    groups: list[Group] = []
+    found: list[Comparison] = []
     for key, members in sorted(keyed.items()):
         task, model, size, settings = key
         # A model given by its folder is known by the last part of the path.
         title = f"{task}, {model.rstrip('/').rpartition('/')[2] or model}, {size} training examples"
-        # Only the settings in which groups of one task, model and size differ are worth a reader's time.
+        # Only the settings in which comparisons of one task, model and size differ are worth a reader's time.
         differing = _differing([dict(other[3]) for other in keyed if other[:3] == key[:3]])
         if differing:
             title += " (" + ", ".join(f"{name} = {dict(settings).get(name, 'absent')}" for name in differing) + ")"
         methods: dict[str, list[Run]] = {}
         names = _variant_names(members)
         for run, name in sorted(
-            zip(members, names, strict=True), key=lambda pair: (method_order(pair[1]), pair[0].seed)
+            zip(members, names, strict=True), key=lambda pair: (pair[0].method != baseline, pair[1], pair[0].seed)
         ):
             methods.setdefault(name, []).append(run)
         stem = "".join(c if c.isalnum() else "_" for c in f"{task}-{size}")
-        repeats = sum(group.slug.rsplit(".")[0] == stem for group in groups)
+        repeats = sum(each.slug.rsplit(".")[0] == stem for each in found)
         slug = f"{stem}.{repeats + 1}" if repeats else stem
         result = members[0].result or {}
         metric, split = str(result.get("metric", "score")), str(result.get("split", "?"))
-        groups.append(Group(task, title, slug, metric, split, methods, _unequal(methods)))
-    return groups
+        found.append(Comparison(task, title, slug, metric, split, methods, _unequal(methods), baseline))
+    return found
 
 
 def _variant_names(runs: Sequence[Run]) -> list[str]:
@@ -179,11 +181,10 @@ def _key(run: Run) -> tuple[str, str, str, tuple[tuple[str, str], ...]]:
 
 
 def _settings(run: Run, *, method: bool) -> tuple[tuple[str, str], ...]:
-    """The settings that separate variants of one method (`method`) or those that separate groups, sorted."""
-    skipped = (*_BOOKKEEPING, *_UNUSED.get(run.method, ()))
+    """The settings that separate variants of one method (`method`) or those that separate comparisons, sorted."""
     items = []
     for key, value in run.config.items():
         section = key.split(".")[0]
-        if section not in skipped and key not in _IN_TITLE and (section in _METHOD_SECTIONS) == method:
+        if section not in _BOOKKEEPING and key not in _IN_TITLE and (section in _METHOD_SECTIONS) == method:
             items.append((key, value))
     return tuple(sorted(items))

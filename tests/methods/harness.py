@@ -1,0 +1,220 @@
+"""A tiny model, a setup and a loop of plain jitted calls, which run any method without the engine."""
+
+import zlib
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agwm_jax.methods.interface import Context, Method, Setup
+from agwm_jax.methods.training import Finetune
+from agwm_jax.models.loss import batch_loss
+from agwm_jax.models.model import Model
+from agwm_jax.models.weights import Weight
+
+VOCAB, WIDTH, LAYERS, TOKENS, EXAMPLES, BATCH = 11, 6, 2, 3, 10, 4
+
+STACKED_KERNEL = Weight("kernel", ("layers", "width", "heads"))
+STACKED_BIAS = Weight("bias", ("layers", "heads"))
+
+
+def weights_of() -> dict[str, Weight]:
+    """Metadata of the tiny model, in its order."""
+    return {
+        "embeddings.word.embedding": Weight("embedding", ("vocab", "width"), 0),
+        "encoder.layers.query.kernel": STACKED_KERNEL,
+        "encoder.layers.query.bias": STACKED_BIAS,
+        "encoder.layers.value.kernel": STACKED_KERNEL,
+        "encoder.layers.norm.scale": Weight("norm", ("layers", "vector")),
+        "pooler.kernel": Weight("kernel", ("width", "width"), LAYERS + 1),
+        "pooler.bias": Weight("bias", ("vector",), LAYERS + 1),
+        "classifier.kernel": Weight("head", ("width", "classes"), LAYERS + 1),
+        "classifier.bias": Weight("head", ("classes",), LAYERS + 1),
+    }
+
+
+def shapes_of(num_labels: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of the tiny model's weights."""
+    sizes = {"layers": LAYERS, "vocab": VOCAB, "classes": num_labels}
+    return {
+        path: jax.ShapeDtypeStruct(tuple(sizes.get(axis, WIDTH) for axis in weight.axes), jnp.float32)
+        for path, weight in weights_of().items()
+    }
+
+
+def tiny_model(*, dropout: float = 0.1, dtype: Any = jnp.float32) -> Model:
+    """Two scanned gated layers over embeddings, a pooler and a head; all of the roles, in a few hundred weights."""
+
+    def drop(x, key):
+        if key is None or dropout == 0:
+            return x
+        return jnp.where(jax.random.bernoulli(key, 1 - dropout, x.shape), x / (1 - dropout), 0).astype(x.dtype)
+
+    def embed(params, batch):
+        return params["embeddings.word.embedding"][batch["input_ids"]].astype(dtype)
+
+    def features(params, embedded, batch, *, key=None, reverse_only=False):
+        del batch, reverse_only
+        prefix = "encoder.layers."
+        stacked = {path.removeprefix(prefix): w.astype(dtype) for path, w in params.items() if path.startswith(prefix)}
+        keys = jax.random.split(jax.random.key(0) if key is None else key, LAYERS)
+
+        def layer(x, per_layer):
+            w, layer_key = per_layer
+            gate = jnp.tanh(jnp.einsum("btd,de->bte", x, w["query.kernel"]) + w["query.bias"][None, None])
+            value = jnp.einsum("btd,de->bte", x, w["value.kernel"])
+            x = x + drop(gate * value, None if key is None else layer_key)
+            return x * w["norm.scale"][None, None], None
+
+        x, _ = jax.lax.scan(layer, embedded, (stacked, keys))
+        pooled = x.mean(1).astype(jnp.float32)
+        return jnp.tanh(pooled @ params["pooler.kernel"] + params["pooler.bias"][None])
+
+    def logits(params, features, *, key=None):
+        return drop(features, key) @ params["classifier.kernel"] + params["classifier.bias"][None]
+
+    return Model(embed, features, logits, weights_of())
+
+
+def pretrained_weights(num_labels: int = 3, seed: int = 0) -> dict[str, jax.Array]:
+    """Random weights, large enough that no gradient is tiny."""
+    rng = np.random.default_rng(seed)
+    return {
+        path: jnp.asarray(rng.normal(0, 0.7, spec.shape) + (path.endswith("scale")), spec.dtype)
+        for path, spec in shapes_of(num_labels).items()
+    }
+
+
+def training_set(num_labels: int = 3) -> dict[str, jax.Array]:
+    """Ten random texts of three tokens."""
+    rng = np.random.default_rng(5)
+    labels = rng.normal(size=EXAMPLES) if num_labels == 1 else rng.integers(0, num_labels, EXAMPLES)
+    return {
+        "input_ids": jnp.asarray(rng.integers(0, VOCAB, (EXAMPLES, TOKENS)), jnp.int32),
+        "labels": jnp.asarray(labels, jnp.float32 if num_labels == 1 else jnp.int32),
+    }
+
+
+def setup_of(
+    *,
+    model: Model | None = None,
+    num_labels: int = 3,
+    frozen: tuple[str, ...] = (),
+    epochs: int = 2,
+    accumulate: int = 1,
+    batch_size: int = BATCH,
+    **optimizer: Any,
+) -> Setup:
+    """Of a run on the tiny model; the rates are large, so that a few steps show a difference."""
+    model = tiny_model() if model is None else model
+    kind = "regression" if num_labels == 1 else "classification"
+
+    def loss(*, reverse_only=False):
+        return batch_loss(model.apply, kind, reverse_only=reverse_only)
+
+    return Setup(
+        model=model,
+        loss=loss,
+        criterion=loss().criterion,
+        kind=kind,
+        shapes=shapes_of(num_labels),
+        frozen=frozen,
+        finetune=Finetune.model_validate(
+            {"epochs": epochs, "optimizer": {"learning_rate": 1e-2, "weight_decay": 0.1, **optimizer}}
+        ),
+        batch_size=batch_size,
+        num_examples=EXAMPLES,
+        rng=lambda use: np.random.default_rng(zlib.crc32(use.encode())),
+        accumulate=accumulate,
+    )
+
+
+class Trained(NamedTuple):
+    """What a run leaves."""
+
+    learnt: dict[str, Any]
+    weights: dict[str, jax.Array]
+    """Merged."""
+    infos: dict[str, dict[str, np.ndarray]]
+    """By phase: every entry of the steps' infos, ``[steps]`` (or ``[steps, members]``)."""
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Of the phase ``finetune``."""
+        return self.infos["finetune"]["loss"]
+
+
+def batch_of(data, rows, key):
+    """As the engine cuts batches: padding is row 0 with weight 0."""
+    real = rows >= 0
+    batch = {name: column[jnp.where(real, rows, 0)] for name, column in data.items()}
+    keys = jax.random.split(key, rows.shape[:-1]) if rows.ndim > 1 else key
+    return {**batch, "weight": real.astype(jnp.float32), "key": keys}
+
+
+def phase_key(key, name: str):
+    """Of the seed and the phase's name alone."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def run(method: Method, pretrained, key, *, data=None, max_steps: int | None = None, members: bool = False) -> Trained:
+    """Run all phases: one trace of a step for all of its steps, the state donated.
+
+    With `members`, `pretrained` and `key` have a leading axis of seeds and every function is mapped over it.
+    """
+    data = training_set() if data is None else data
+    lift = jax.vmap if members else (lambda fn: fn)
+    program = _Program(data, lift)
+    initial = learnt = jax.jit(lift(method.init))(pretrained, key)
+    infos: dict[str, Any] = {}
+    for stage in method.stages:
+        before, states = learnt, []
+        for phase in stage:
+            context, own_key = Context(pretrained, initial, before), lift(partial(phase_key, name=phase.name))(key)
+            state = program.start(phase)(context, own_key)
+            specs = jax.eval_shape(lambda state=state: state)
+            collected = []
+            for index in range(phase.num_steps)[:max_steps]:
+                rows = {name: plan[index] for name, plan in phase.plan.items()}
+                state, info = program.step(phase)(state, context, own_key, rows, np.int32(index))
+                collected.append(info)
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, specs)
+            infos[phase.name] = jax.tree.map(lambda *x: np.stack(x), *collected)
+            states.append(state)
+        for phase, state in zip(stage, states, strict=True):
+            learnt = jax.jit(lift(phase.finish))(Context(pretrained, initial, learnt), state)
+    return Trained(learnt, jax.jit(lift(method.merge))(pretrained, learnt), infos)
+
+
+class _Program:
+    """The compiled functions of one run; phases share what they have in common."""
+
+    def __init__(self, data, lift):
+        chex.clear_trace_counter()
+        self._data, self._lift, self._compiled = data, lift, {}
+
+    def start(self, phase):
+        if phase.start not in self._compiled:  # copied, because the state is donated and may be W0 itself
+            fn = self._lift(lambda context, key: jax.tree.map(jnp.copy, phase.start(context, key)))
+            self._compiled[phase.start] = jax.jit(fn)
+        return self._compiled[phase.start]
+
+    def step(self, phase):
+        if phase.step in self._compiled:
+            return self._compiled[phase.step]
+
+        def step(state, context, own_key, rows, index):
+            def alone(state, context, own_key):
+                step_key, dropout_key = jax.random.split(jax.random.fold_in(own_key, index))
+                named = zip(rows.items(), jax.random.split(dropout_key, len(rows)), strict=True)
+                batches = {name: batch_of(self._data, row, row_key) for (name, row), row_key in named}
+                return phase.step(state, context, batches, step_key, index)
+
+            return self._lift(alone)(state, context, own_key)
+
+        step.__name__ = f"step_{len(self._compiled)}"  # chex counts by name
+        self._compiled[phase.step] = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+        return self._compiled[phase.step]
