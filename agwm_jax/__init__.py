@@ -1,12 +1,13 @@
 """Attention-guided weights mixup (arXiv 2403.12918) in JAX; importing it loads nothing until a name is used."""
 
+# ruff: noqa: F401 (the imports below are what type checkers and editors read)
+
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agwm_jax import hypergrad as hypergrad
-    from agwm_jax import linear_solve as linear_solve
-    from agwm_jax.core import trees as trees
+    from agwm_jax import hypergrad, linear_solve
+    from agwm_jax.core import trees
     from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel, hypergradient
     from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
     from agwm_jax.core.inner import InnerSolve, InnerState, gradient_step, inner_steps

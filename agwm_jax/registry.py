@@ -100,6 +100,13 @@ class Registry(Generic[T]):
         if self._searched:
             return
         self._searched = True  # before the imports: a file that registers itself may ask for others
+        try:
+            self._import()
+        except BaseException:
+            self._searched = False
+            raise
+
+    def _import(self) -> None:
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self._package}.{module.name}")

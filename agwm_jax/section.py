@@ -224,4 +224,4 @@ def _parameter_words(factory: Callable[..., Any]) -> dict[str, str]:
         return {}
     entries = re.split(r"^ {2,4}(?=\w)", found.group(1), flags=re.MULTILINE)
     pairs = (entry.partition(":") for entry in entries if ":" in entry)
-    return {name.strip(): " ".join(text.split()).rstrip(".") for name, _, text in pairs}
+    return {name.strip(): " ".join(text.replace("`", "").split()).rstrip(".") for name, _, text in pairs}

@@ -22,9 +22,10 @@ def update_vjp(
     Cotangents of an optimiser's state hold None where it has no floats (a step count): see `float_leaves`. No loss is
     evaluated: what this costs grows with the weights, not with the batch.
 
-    Where a second moment is exactly 0 (a word that no batch has shown yet) the update of an Adam is 0 / (sqrt(0) + eps).
-    Plain reverse mode makes NaN of it, and the derivative 1 / eps of the quotient says nothing of any gradient that is
-    not smaller than eps: an update by signs has derivative 0, and so has this one. Elsewhere it is the derivative.
+    Where a second moment is exactly 0 (a word that no batch has shown yet) the update of an Adam is
+    ``0 / (sqrt(0) + eps)``. Plain reverse mode makes NaN of it, and the quotient's own derivative of 1 / eps says
+    nothing of gradients that are larger than eps: an update by signs has derivative 0, and so has this one. Elsewhere
+    it is the derivative.
     """
 
     def after(grads, params, opt_floats):

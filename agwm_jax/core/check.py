@@ -65,7 +65,7 @@ def inner_batches(batches: Batch, outer_batch: Batch) -> None:
             f"inner_batches has leaves of shape {found}: expected a leading axis [k, ...] of one and the same number "
             "of inner steps, 1 or more, on each."
         )
-    if jax.tree.structure(batches) != jax.tree.structure(outer_batch):
+    if str(jax.tree.structure(batches)) != str(jax.tree.structure(outer_batch)):
         return
     for (path, inner), outer in zip(
         jax.tree_util.tree_leaves_with_path(batches), jax.tree.leaves(outer_batch), strict=True

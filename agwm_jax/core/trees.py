@@ -25,7 +25,7 @@ def dot(left: Vector, right: Vector) -> Scalar:
     """The inner product, summed in float32 or better, and leaf by leaf as it lies: a sharded leaf stays sharded."""
     wide = jax.tree.map(lambda x: jnp.promote_types(x.dtype, jnp.float32), left)
     parts = jax.tree.map(lambda x, y, dtype: jnp.sum(x.astype(dtype) * y.astype(dtype)), left, right, wide)
-    return sum(jax.tree.leaves(parts))
+    return sum(jax.tree.leaves(parts))  # type: ignore[return-value] # there is a leaf
 
 
 def norm(tree: Vector) -> Scalar:
@@ -48,7 +48,7 @@ def inner_products(left: PyTree, right: PyTree) -> Float[Array, "r s"]:
             a, b, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype
         )
 
-    return sum(jax.tree.leaves(jax.tree.map(products, left, right)))
+    return sum(jax.tree.leaves(jax.tree.map(products, left, right)))  # type: ignore[return-value] # there is a leaf
 
 
 def combine(weights: Float[Array, "s r"], stack: PyTree) -> PyTree:

@@ -2,17 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Array, Float, PyTree
 
 Params = dict[str, Array]
 """Weights keyed by path, for example ``{"encoder.layers.query.kernel": [l, d, d]}``."""
 
-Vector = PyTree[Float[Array, "..."]]
+Vector: TypeAlias = PyTree[Float[Array, "..."]]
 """A variable, a gradient or a direction: any pytree of float arrays."""
 
-Batch = PyTree
+Batch: TypeAlias = PyTree
 """What a loss needs besides the variables. Randomness (a dropout key) rides in it, so that a gradient, its
 Hessian-vector products and both ends of a finite difference see the same mask."""
 

@@ -16,6 +16,7 @@ from agwm_jax.errors import AgwmError
 
 # Narrower than int() and float(), which take underscores and the digits of other scripts.
 _INTEGER = re.compile(r"-?[0-9]+")
+_INDEX = re.compile(r"0|[1-9][0-9]*")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _MANY_DECIMALS = 10
 
@@ -88,7 +89,7 @@ def _class_of(table: Table, column: str, label_names: Sequence[str]) -> Callable
     numbered = own is not None or not all(map(_INTEGER.fullmatch, by_name))
 
     def class_of(value: Any) -> int | None:
-        number = int(value) if _INTEGER.fullmatch(label_text(value)) or isinstance(value, bool) else None
+        number = int(value) if _INDEX.fullmatch(label_text(value)) or isinstance(value, bool) else None
         if own is not None and number is not None:
             value = own[number] if 0 <= number < len(own) else value
         text = normal_form(label_text(value))
@@ -189,7 +190,7 @@ def read_labelled(
     *,
     text_columns: Sequence[str],
     label_column: str = "label",
-    separator: str | None = None,
+    separator: str = ",",
 ) -> datasets.Dataset:
     """A labelled file as one more split of a task, with the task's classes, whatever labels it holds.
 

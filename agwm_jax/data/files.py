@@ -98,7 +98,7 @@ def _read_jsonl(path: Path) -> Table:
             )
         numbers.append(number)
         rows.append(row)
-    if len(rows) == 1 and rows[0] and all(isinstance(value, dict) for value in rows[0].values()):
+    if len(rows) == 1 and rows[0] and all(isinstance(value, dict | list) for value in rows[0].values()):
         raise AgwmError(f"{path} holds columns, one JSON object a line was expected: {_PANDAS}.")
     return _from_rows(path, numbers, rows)
 
@@ -122,20 +122,33 @@ def _tsv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list
         yield number, line.split(separator) if line else []
 
 
+def _refuse_another_separator(path: Path, header: str, separator: str) -> None:
+    other = next((mark for mark in _SEPARATORS if mark in header), None)
+    if other is None:
+        return
+    named = {mark: "a tab" if mark == "\t" else repr(mark) for mark in (other, separator)}
+    remedy = f"set task.separator to {other!r}"
+    if other == "\t":
+        remedy = "save it as .tsv"
+    elif path.suffix.lower() == ".tsv":
+        remedy = "save it as .csv" if other == "," else f"save it as .csv and {remedy}"
+    raise AgwmError(
+        f"{path}: the header {quoted(header)} looks separated by {named[other]}, not by {named[separator]}; {remedy}."
+    )
+
+
 def _read_separated(path: Path, separator: str) -> Table:
     split = _tsv_rows if path.suffix.lower() == ".tsv" else _csv_rows
     lines = split(path, _decode(path), separator)
     header = next(row for _, row in lines if row)
-    other = next((mark for mark in _SEPARATORS if mark in header[0]), None) if len(header) == 1 else None
-    if other is not None:
-        remedy = "save it as .tsv" if other == "\t" else f"set task.separator to {other!r}"
-        raise AgwmError(
-            f"{path}: the header {quoted(header[0])} looks separated by {other!r}, not {separator!r}; {remedy}."
-        )
+    if len(header) == 1:
+        _refuse_another_separator(path, header[0], separator)
     # A spreadsheet writes empty columns without a name; a single one without a name is pandas' row numbers.
     unnamed = sum(not name.strip() for name in header) > 1
     named = [index for index, name in enumerate(header) if name.strip() or not unnamed]
     names = [header[index] for index in named]
+    if not names:
+        raise AgwmError(f"{path}: the header names no column.")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise AgwmError(f"{path}: the header names the column {listed(repeated)} more than once.")
@@ -172,17 +185,17 @@ def _read_parquet(path: Path) -> Table:
     return Table.of(str(path), rows)
 
 
-_READERS: dict[str, Callable[[Path, str | None], Table]] = {
+_READERS: dict[str, Callable[[Path, str], Table]] = {
     ".jsonl": lambda path, _: _read_jsonl(path),
     ".ndjson": lambda path, _: _read_jsonl(path),
     ".json": lambda path, _: _read_jsonl(path),
-    ".csv": lambda path, separator: _read_separated(path, separator or ","),
+    ".csv": _read_separated,
     ".tsv": lambda path, _: _read_separated(path, "\t"),
     ".parquet": lambda path, _: _read_parquet(path),
 }
 
 
-def read_table(file: str | os.PathLike[str], *, separator: str | None = None) -> Table:
+def read_table(file: str | os.PathLike[str], *, separator: str = ",") -> Table:
     """Read a table by the extension of its name.
 
     JSON Lines: one object a line, lines end with a line feed only. CSV: quotes as RFC 4180. TSV: tab, no quoting at
@@ -190,7 +203,7 @@ def read_table(file: str | os.PathLike[str], *, separator: str | None = None) ->
     several, and an empty field is a missing value. All are UTF-8.
 
     Args:
-      separator: between the fields of a .csv file; None: a comma.
+      separator: between the fields of a .csv file.
 
     Raises:
       AgwmError: missing or empty file, unknown extension, undecodable bytes, another separator, a bad line (with its

@@ -24,7 +24,7 @@ class Texts(NamedTuple):
     columns: dict[str, list[Any]]
 
 
-def read_texts(file: str | os.PathLike[str], *, text_columns: Sequence[str], separator: str | None = None) -> Texts:
+def read_texts(file: str | os.PathLike[str], *, text_columns: Sequence[str], separator: str = ",") -> Texts:
     """Texts to label from a file; all its columns are kept for `write_predictions`.
 
     Raises:

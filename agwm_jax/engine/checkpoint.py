@@ -38,9 +38,9 @@ class Position(NamedTuple):
 class Checkpoints:
     """The checkpoints of one group, a folder and a record each; one without its record was cut short.
 
-    The record is written last: the position, and a digest of every file, for Orbax notices a torn file but not a flipped
-    bit (orbax-checkpoint 0.12 restored a damaged array without a word). Older ones are removed after that, so a crash at
-    any moment leaves one that is whole.
+    The record is written last: the position, and a digest of every file, for Orbax notices a torn file but not a
+    flipped bit (orbax-checkpoint 0.12 restored a damaged array without a word). Older ones are removed after that, so a
+    crash at any moment leaves one that is whole.
 
     Args:
         folder: where they lie.
@@ -105,8 +105,8 @@ class Checkpoints:
 
     def _not_written(self, error: Exception) -> AgwmError:
         return processes.lost(error) or AgwmError(
-            f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: free "
-            "disk space or choose another --run.output, then run the same command to continue."
+            f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
+            "free disk space or choose another --run.output, then run the same command to continue."
         )
 
     def restore(self, template: Callable[[Position], Any], expected: Position) -> tuple[Position, Any] | None:

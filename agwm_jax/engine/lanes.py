@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from agwm_jax.engine import needs
 from agwm_jax.engine.batches import step_batches, stream
-from agwm_jax.engine.group import Group, Held, each_lane, pick
+from agwm_jax.engine.group import Group, Held, Layout, each_lane, pick
 from agwm_jax.engine.needs import Needs, fill, finish_all, stage_name
 from agwm_jax.engine.sharding import place
 from agwm_jax.methods.interface import Context, Phase, State
@@ -35,8 +35,7 @@ class Programs:
 
     def __init__(self):
         """Nothing yet."""
-        self.needs: dict[bool, Needs] = {}
-        """By `Layout.together`."""
+        self.needs: dict[Layout, Needs] = {}
         self.compiled: dict[Any, Program] = {}
 
 
@@ -165,7 +164,9 @@ class Lanes:
     def _slots(self) -> tuple[int | None, ...]:
         """For every leaf of the context its place in `_step_keys`, or None where the step does not read it."""
         places = {key: place for place, key in enumerate(self._step_keys)}
-        return tuple(places.get(key) for key in jax.tree.leaves(self.needs.sources))
+        read = self.needs.take_step.reads[len(jax.tree.leaves(self.needs.state)) :]
+        keys = jax.tree.leaves(self.needs.sources)
+        return tuple(places[key] if is_read else None for key, is_read in zip(keys, read, strict=False))
 
     @property
     def _abstract_arguments(self) -> tuple[Any, ...]:

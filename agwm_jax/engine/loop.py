@@ -15,7 +15,7 @@ import numpy as np
 from agwm_jax.engine import processes
 from agwm_jax.engine.checkpoint import Checkpoints, Position
 from agwm_jax.engine.group import Group, Held, Layout, Member
-from agwm_jax.engine.lanes import Lanes, Program, Programs
+from agwm_jax.engine.lanes import Lanes, Programs
 from agwm_jax.engine.needs import INITIAL, PRETRAINED
 from agwm_jax.engine.observer import Observer
 from agwm_jax.errors import Diverged
@@ -111,8 +111,8 @@ class _Fit:
         programs: Programs,
         interrupted: threading.Event,
     ):
-        self.group = Group(members, layout, weights, programs.needs.get(layout.together))
-        programs.needs[layout.together] = self.group.needs
+        self.group = Group(members, layout, weights, programs.needs.get(layout))
+        programs.needs[layout] = self.group.needs
         self.observer, self.checkpoints, self.programs, self.interrupted = observer, checkpoints, programs, interrupted
         self.chunk_steps, self.checkpoint_seconds = chunk_steps, checkpoint_seconds
         phases = members[0].method.phases

@@ -17,8 +17,9 @@ Shaped = Mapping[str, Any]
 PRETRAINED, INITIAL = "pretrained", "initial"
 
 Key = str
-"""Names an array that some context holds, by who made it: ``pretrained/<path>``, ``initial/<path>``, ``<stage>/<path>``.
-A leaf that is another one as it came (task weights that start as the pretrained ones) has the same key."""
+"""Names an array that some context holds, by what made it: ``pretrained/<path>``, ``initial/<path>`` or
+``<stage>/<path>``. A leaf that is another one as it came (task weights that start as the pretrained ones) has its
+key."""
 
 
 class StageNeeds(NamedTuple):
@@ -83,22 +84,24 @@ def stage_name(stage: Stage) -> str:
     return first if len(stage) == 1 else f"{first}..{last.rsplit('-')[-1]}"
 
 
-def find_needs(method: Method, pretrained: Shaped, data: Shaped, stages: Sequence[Stage]) -> Needs:
+def find_needs(method: Method, weights: Shaped, data: Shaped, stages: Sequence[Stage]) -> Needs:
     """Trace the functions of a method for shapes; nothing is computed.
 
     Args:
         method: of one member.
-        pretrained: arrays by path, or their shapes.
+        weights: the pretrained ones by path, or their shapes.
         data: columns of the training set, or their shapes.
         stages: of `stages_as_run`.
     """
-    pretrained, data = ({name: _abstract(x) for name, x in each.items()} for each in (pretrained, data))
+    pretrained: Any = {path: _abstract(x) for path, x in weights.items()}
+    data = {name: _abstract(x) for name, x in data.items()}
     random = jax.eval_shape(lambda: jax.random.key(0))
     sources = _named(pretrained, PRETRAINED)
     init = dependence(method.init, pretrained, random)
     initial = learnt = _results(init, (sources, ""), INITIAL)
     shapes = dict(zip(_leaves((sources, initial)), _leaves((pretrained, init.result)), strict=True))
-    learnt_shapes, found, steps = init.result, [], {}
+    learnt_shapes, found = init.result, []
+    steps: dict[Any, Dependence] = {}
     for number, stage in enumerate(stages):
         context, named = Context(pretrained, init.result, learnt_shapes), Context(sources, initial, learnt)
         starts = [dependence(start, context, random) for start in dict.fromkeys(phase.start for phase in stage)]

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from agwm_jax.methods.interface import Phase
 
 
+@runtime_checkable
 class Observer(Protocol):
     """What the loop tells; members are counted from 0, in the order that they were given."""
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
 from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel
-from agwm_jax.core.estimators import ESTIMATORS
+from agwm_jax.core.estimators.base import ESTIMATORS
 from agwm_jax.core.mixup import alpha_statistics, mixup_problem, project_alpha
 from agwm_jax.data.plan import search_plan, split_indices
 from agwm_jax.methods.interface import (

@@ -27,7 +27,7 @@ def low_rank_start(key: Key[Array, ""], kernel: Array, r: int) -> LowRank:
     )
 
 
-@METHODS.register("lora", cost="1", paper="arXiv 2106.09685")
+@METHODS.register("lora", cost="2/3 to 1", paper="arXiv 2106.09685")
 class Lora(MethodSettings):
     """Low-rank adaptation: the forward pass takes ``W0 + (a/r) left @ right`` for the chosen kernels.
 
@@ -35,8 +35,9 @@ class Lora(MethodSettings):
     authors' code. The factors and the head are trained (biases too, if asked for), with the optimiser of `finetune` but
     a learning rate of its own. What is evaluated and exported is the sum, an ordinary model.
 
-    Cost 1 fb a step; memory of the weights, with gradients and moments of what is trained only, and of the changed
-    kernels. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
+    Cost 2/3 fb a step and the gradients of the changed kernels, 1 fb if those are all; memory of the weights, with
+    gradients and moments of what is trained only, and of the changed kernels. Source: Hu et al. 2021
+    (arXiv 2106.09685), section 4.
     """
 
     name: Literal["lora"] = Field(default="lora", description="fine-tuning method")

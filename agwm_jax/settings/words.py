@@ -126,7 +126,8 @@ def _fault(entry: Any, raw: dict) -> list[str]:
         choice = next(marks(field, Choice))
         name = value if isinstance(value, str) else value.get(choice.key)
         says = "missing" if name is None else f"got {got(name)}"
-        hint = did_you_mean(name, choice.registry)
+        elsewhere = (f"; did you mean {s.needs}?" for s in all_settings() if s.needs.endswith(f"={name}"))
+        hint = did_you_mean(name, choice.registry) or next(elsewhere, "")
         return [f"{path}.{choice.key}: {says}; allowed: one of {', '.join(choice.registry)}{hint}"]
     if kind == "missing":
         return [f"{path}: missing; it is required{f' with {chosen}' if chosen else ''}; allowed: {_allowed(field)}"]

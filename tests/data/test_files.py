@@ -74,6 +74,7 @@ def test_parquet_names_its_classes(tmp_path):
         ("a.jsonl", b"", "a.jsonl is empty"),
         ("a.csv", b" \n\n", "a.csv is empty"),
         ("a.csv", b"text,label\n", "header and no rows"),
+        ("a.csv", b",,,\na,b,,\n", "a.csv: the header names no column"),
         ("a.txt", b"text", r"extension '.txt' is none of \.jsonl"),
         ("a", b"text", "extension '' is none of"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl, line 2: byte 0xff is not UTF-8"),

@@ -87,7 +87,7 @@ def mixed(seed, *, splits=2):
         return {"task": dict(w0), "gate": gates(w0, key)}
 
     def gates(w0, key):
-        left, right = (w0[UP].shape[:-1] + (1,), (LAYERS, 1, MLP))
+        left, right = ((*w0[UP].shape[:-1], 1), (LAYERS, 1, MLP))
         noise = jax.random.normal(key, right)
         return {UP: LowRank(jnp.ones(left), 1 + 0.1 * noise)}
 
@@ -103,7 +103,8 @@ def mixed(seed, *, splits=2):
         del step
 
         def objective(params):
-            noisy = {path: x + 1e-3 * jax.random.normal(key, x.shape) for path, x in params["task"].items()}
+            head = params["task"][HEAD]
+            noisy = {**params["task"], HEAD: head + 1e-2 * jax.random.normal(key, head.shape)}
             return loss(merge(context.pretrained, noisy, params["gate"]), batches["a"]) + loss(noisy, batches["b"])
 
         return descend(tx, state, jax.value_and_grad(objective)(state.params))

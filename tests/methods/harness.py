@@ -36,11 +36,11 @@ def weights_of() -> dict[str, Weight]:
     }
 
 
-def shapes_of(num_labels: int) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(num_labels: int = 3, width: int = WIDTH) -> dict[str, jax.ShapeDtypeStruct]:
     """Of the tiny model's weights."""
     sizes = {"layers": LAYERS, "vocab": VOCAB, "classes": num_labels}
     return {
-        path: jax.ShapeDtypeStruct(tuple(sizes.get(axis, WIDTH) for axis in weight.axes), jnp.float32)
+        path: jax.ShapeDtypeStruct(tuple(sizes.get(axis, width) for axis in weight.axes), jnp.float32)
         for path, weight in weights_of().items()
     }
 
@@ -160,49 +160,51 @@ def phase_key(key, name: str):
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
-def run(method: Method, pretrained, key, *, data=None, max_steps: int | None = None, members: bool = False) -> Trained:
-    """Run all phases: one trace of a step for all of its steps, the state donated.
+class Runner:
+    """Runs all phases of a method; a step is traced once for all of its steps and runs, and its state donated.
 
-    With `members`, `pretrained` and `key` have a leading axis of seeds and every function is mapped over it.
+    With `members`, what is run has a leading axis of seeds and every function is mapped over it.
     """
-    data = training_set() if data is None else data
-    lift = jax.vmap if members else (lambda fn: fn)
-    program = _Program(data, lift)
-    initial = learnt = jax.jit(lift(method.init))(pretrained, key)
-    infos: dict[str, Any] = {}
-    for stage in method.stages:
-        before, states = learnt, []
-        for phase in stage:
-            context, own_key = Context(pretrained, initial, before), lift(partial(phase_key, name=phase.name))(key)
-            state = program.start(phase)(context, own_key)
-            specs = jax.eval_shape(lambda state=state: state)
-            collected = []
-            for index in range(phase.num_steps)[:max_steps]:
-                rows = {name: plan[index] for name, plan in phase.plan.items()}
-                state, info = program.step(phase)(state, context, own_key, rows, np.int32(index))
-                collected.append(info)
-            chex.assert_trees_all_equal_shapes_and_dtypes(state, specs)
-            infos[phase.name] = jax.tree.map(lambda *x: np.stack(x), *collected)
-            states.append(state)
-        for phase, state in zip(stage, states, strict=True):
-            learnt = jax.jit(lift(phase.finish))(Context(pretrained, initial, learnt), state)
-    return Trained(learnt, jax.jit(lift(method.merge))(pretrained, learnt), infos)
 
-
-class _Program:
-    """The compiled functions of one run; phases share what they have in common."""
-
-    def __init__(self, data, lift):
+    def __init__(self, method: Method, *, data=None, members: bool = False):
         chex.clear_trace_counter()
-        self._data, self._lift, self._compiled = data, lift, {}
+        self._method, self._data = method, training_set() if data is None else data
+        self._lift = jax.vmap if members else (lambda fn: fn)
+        self._compiled: dict[Any, Any] = {}
 
-    def start(self, phase):
-        if phase.start not in self._compiled:  # copied, because the state is donated and may be W0 itself
-            fn = self._lift(lambda context, key: jax.tree.map(jnp.copy, phase.start(context, key)))
-            self._compiled[phase.start] = jax.jit(fn)
-        return self._compiled[phase.start]
+    def run(self, pretrained, key, *, max_steps: int | None = None) -> Trained:
+        """The method's run from these weights, its chance from this key."""
+        initial = learnt = self._call(self._method.init, pretrained, key)
+        infos: dict[str, Any] = {}
+        for stage in self._method.stages:
+            before, states = learnt, []
+            for phase in stage:
+                context = Context(pretrained, initial, before)
+                own_key = self._lift(partial(phase_key, name=phase.name))(key)
+                state, infos[phase.name] = self._run_phase(phase, context, own_key, max_steps)
+                states.append(state)
+            for phase, state in zip(stage, states, strict=True):
+                learnt = self._call(phase.finish, Context(pretrained, initial, learnt), state)
+        return Trained(learnt, self._call(self._method.merge, pretrained, learnt), infos)
 
-    def step(self, phase):
+    def _run_phase(self, phase, context, own_key, max_steps):
+        # Copied, because the state is donated and its leaves may be those of the context.
+        state = jax.tree.map(jnp.copy, self._call(phase.start, context, own_key))
+        specs = jax.eval_shape(lambda: state)
+        infos = []
+        for index in range(phase.num_steps)[:max_steps]:
+            rows = {name: plan[index] for name, plan in phase.plan.items()}
+            state, info = self._step(phase)(state, context, own_key, rows, np.int32(index))
+            infos.append(info)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, specs)
+        return state, jax.tree.map(lambda *x: np.stack(x), *infos)
+
+    def _call(self, fn, *args):
+        if fn not in self._compiled:
+            self._compiled[fn] = jax.jit(self._lift(fn))
+        return self._compiled[fn](*args)
+
+    def _step(self, phase):
         if phase.step in self._compiled:
             return self._compiled[phase.step]
 
@@ -218,3 +220,8 @@ class _Program:
         step.__name__ = f"step_{len(self._compiled)}"  # chex counts by name
         self._compiled[phase.step] = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
         return self._compiled[phase.step]
+
+
+def run(method: Method, pretrained, key, **options: Any) -> Trained:
+    """One run of a method; options as of `Runner`."""
+    return Runner(method, **options).run(pretrained, key)

@@ -56,13 +56,13 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
         outer_batch: Batch,
         state,
     ) -> Estimate:
-        update = solve.step("finite_difference(precondition=True)") if precondition else solve.update
         early, last = (jax.tree.map(lambda x, part=part: x[part], inner_batches) for part in (slice(-1), -1))
         inner, early_losses = solve.run(problem.inner_loss, inner, outer, early)
         loss, grads = jax.value_and_grad(problem.inner_loss)(inner.params, outer, last)
-        after = inner if update is None else update(inner, grads)
+        after = inner if solve.update is None else solve.update(inner, grads)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
         if precondition:
+            update = solve.step("finite_difference(precondition=True)")
             x = trees.scale(-1, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
         else:
             x = trees.scale(step_size, v)

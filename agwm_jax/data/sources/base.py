@@ -30,11 +30,8 @@ class TaskSource(Section):
         ge=2,
         description="low-resource draw: this many training examples by run.seed, null for all of them",
     )
-    separator: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=1,
-        description="what stands between the fields of .csv files, such as ';'; null: a comma",
+    separator: Literal[",", ";", "\t", "|"] = Field(
+        default=",", description="what stands between the fields of .csv files"
     )
 
     def load(self) -> Task:

@@ -29,14 +29,14 @@ class LocalTask(TableSource):
 
     @model_validator(mode="after")
     def _files_fit(self):
-        by_file: dict[Path, str] = {}
+        by_file = {}
         for split, file in self._named().items():
             first = by_file.setdefault(Path(file).resolve(), split)
             refuse((first != split, f"files.{split}: {file} is the {first} file too, scores would mean nothing"))
         separated = [file for file in by_file if file.suffix.lower() == ".csv"]
         refuse(
             (self.report_split == "test" and self.files.test is None, "report_split: test needs files.test"),
-            (self.separator is not None and not separated, "separator: none of the files is a .csv; remove it"),
+            (self.separator != "," and not separated, "separator: none of the files is a .csv; remove it"),
         )
         return self
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from tests.engine.conftest import QUICK
+from tests.runs.conftest import QUICK
 
 
 def command(settings, folder, config):

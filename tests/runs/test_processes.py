@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from agwm_jax.cli import main
 from agwm_jax.engine import processes
 from agwm_jax.errors import AgwmError
-from tests.engine.conftest import QUICK
+from tests.runs.conftest import QUICK
 
 COUNT = 2
 OPTIONS = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.engine.conftest import QUICK
+from tests.runs.conftest import QUICK
 
 # The solution of the linear system and the direction of its largest eigenvalue are carried from step to step.
 LONG = [

@@ -1,0 +1,86 @@
+"""What the engine relies on, of every registered method."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import Runner, pretrained_weights, run, setup_of, shapes_of, tiny_model, training_set
+
+from agwm_jax.methods.interface import METHODS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# Settings that make a run short; everything else is at its default.
+SETTINGS = {"agwm": {"search": {"num_splits": 2, "epochs": 1, "validation_fraction": 0.4}}}
+
+
+def build(name, setup):
+    settings = METHODS[name].value.model_validate({"name": name, **SETTINGS.get(name, {})})
+    return settings.build(setup)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_runs_alone_and_mapped_over_seeds(name):
+    """Beside what the harness asserts: a state keeps its shapes, one trace of a step, a donated state."""
+    setup = setup_of()
+    method = build(name, setup)
+    starts, keys = [pretrained_weights(seed=seed) for seed in (0, 1)], jax.random.split(jax.random.key(7))
+    before = jax.tree.map(np.array, starts)
+
+    runner = Runner(method)
+    alone = [runner.run(pretrained, key) for pretrained, key in zip(starts, keys, strict=True)]
+    chex.assert_trees_all_equal(starts, before)  # not one of W0's buffers was donated
+    for trained in alone:
+        chex.assert_tree_all_finite(jax.tree.leaves((trained.learnt, trained.weights, trained.infos)))
+        assert all(len(trained.infos[phase.name]["loss"]) == phase.num_steps for phase in method.phases)
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained.weights, starts[0])
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained.learnt, method.learnt_shapes(starts[0]))
+        assert all(set(collection) <= set(setup.model.weights) for collection in trained.learnt.values())
+        assert any(np.any(trained.weights[path] != starts[0][path]) for path in starts[0])
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    together = Runner(method, members=True).run(stacked, keys)
+    for index, trained in enumerate(alone):
+        mine = jax.tree.map(lambda x, index=index: x[index], (together.learnt, together.weights))
+        chex.assert_trees_all_close(mine, (trained.learnt, trained.weights), atol=2e-5)
+        chex.assert_trees_all_close(together.losses[:, index], trained.losses, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_keeps_float32_weights_in_bfloat16_and_leaves_frozen_ones(name):
+    frozen = ("embeddings.word.embedding", "encoder.layers.norm.scale", "pooler.kernel")
+    setup = setup_of(model=tiny_model(dtype=jnp.bfloat16), num_labels=1, frozen=frozen, accumulate=2, epochs=1)
+    method, pretrained = build(name, setup), pretrained_weights(num_labels=1)
+    trained = run(method, pretrained, jax.random.key(1), data=training_set(num_labels=1))
+    chex.assert_tree_all_finite(jax.tree.leaves((trained.learnt, trained.infos)))
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained.weights, pretrained)
+    for path in frozen:
+        np.testing.assert_array_equal(trained.weights[path], pretrained[path])
+        assert not any(path in collection for collection in trained.learnt.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_phase_leaves_is_known_before_it_runs(name):
+    """The engine reserves room for what later phases get, and a run can be taken up between any two of them."""
+    method, shapes = build(name, setup_of()), shapes_of()
+    variables = jax.eval_shape(method.init, shapes, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, method.learnt_shapes(shapes, 0))
+    for number in range(len(method.phases) + 1):
+        merged = jax.eval_shape(method.merge, shapes, {**variables, **method.learnt_shapes(shapes, number)})
+        chex.assert_trees_all_equal_shapes_and_dtypes(merged, shapes)
+    for stage in method.stages:  # phases of a stage run side by side in one program
+        assert len({phase.step for phase in stage}) == 1
+        assert len({tuple((name, plan.shape) for name, plan in phase.plan.items()) for phase in stage}) == 1
+    assert len({phase.name for phase in method.phases}) == len(method.phases)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_is(name):
+    entry = METHODS[name]
+    assert entry.facts["cost"]
+    assert entry.facts["paper"]
+    assert "Cost" in entry.value.__doc__
+    assert "Source" in entry.value.__doc__
+    assert entry.value.model_fields["name"].default == name
+    assert all(field.description for field in entry.value.model_fields.values())
