@@ -203,16 +203,16 @@ def _connect(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
     if parsed.split is not None and parsed.file is not None:
         raise AgwmError("--split and --file exclude each other: score a split of the run's task, or a file")
-    from agwm_jax.runs.evaluate import evaluate_run
+    from agwm_jax.runs.finished import evaluate
 
-    print("\n".join(_table(evaluate_run(parsed.run, parsed.split, parsed.file, model=parsed.model))))
+    print("\n".join(_table(evaluate(parsed.run, parsed.split, parsed.file, model=parsed.model))))
     return OK
 
 
 def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.runs.evaluate import predict_run
+    from agwm_jax.runs.finished import predict_file
 
-    count = predict_run(parsed.run, parsed.input, parsed.output, model=parsed.model)
+    count = predict_file(parsed.run, parsed.input, parsed.output, model=parsed.model)
     print(f"{count} predictions: {parsed.output}")
     return OK
 
@@ -226,9 +226,9 @@ def _report(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _export(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.runs.evaluate import export_run
+    from agwm_jax.runs.finished import export
 
-    deviation = export_run(parsed.run, parsed.folder, model=parsed.model)
+    deviation = export(parsed.run, parsed.folder, model=parsed.model)
     print(f"exported: {parsed.folder}")
     if deviation is not None:
         warnings.warn(f"transformers will not give the same logits: {deviation}", stacklevel=1)

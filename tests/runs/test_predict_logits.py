@@ -10,7 +10,7 @@ from agwm_jax.data.encode import Encoded
 from agwm_jax.engine.sharding import make_placement, place
 from agwm_jax.models.bert import BertClassifier, BertConfig
 from agwm_jax.models.functional import functionalize
-from agwm_jax.runs.evaluate import predict_logits, program_lengths
+from agwm_jax.runs.finished import predict_logits, program_lengths
 
 EXAMPLES, PADDED, BATCH = 27, 40, 4
 

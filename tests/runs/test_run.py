@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.runs import run
 from agwm_jax.runs.build import build
-from agwm_jax.runs.evaluate import evaluate_run, export_run, predict_run
+from agwm_jax.runs.finished import evaluate_run, export_run, predict_run
 from agwm_jax.runs.folder import claimed, load_alpha, weights_digest
 from agwm_jax.runs.run import train, train_seeds
 from agwm_jax.settings.config import config_fingerprint, load_config
@@ -160,7 +160,7 @@ def test_a_run_belongs_to_one_process(configure):
 
 def test_export_gives_the_mixed_model(agwm_run, tmp_path):
     from agwm_jax.models.huggingface import load_pretrained
-    from agwm_jax.runs.evaluate import load_run
+    from agwm_jax.runs.finished import load_run
 
     _, folder, _ = agwm_run
     assert export_run(folder, tmp_path / "export") is None
