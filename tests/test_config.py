@@ -319,7 +319,7 @@ def test_every_setting_is_described():
 
 
 def sections(
-    section: type[Section] = Config, name: str = "", key: str = ""
+    section: type[Section] = Config, name: str = "config", key: str = ""
 ) -> Iterator[tuple[type[Section], str, str]]:
     """Every section below one, with the name of the setting that holds it and the key that chose it."""
     yield section, name, key

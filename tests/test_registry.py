@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import grimp
 import jax
 import pytest
 from pydantic import Field, ValidationError
 
+from agwm_jax.data.sources.base import TASK_SOURCES
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import METHODS, MethodSettings
+from agwm_jax.metrics import METRICS
+from agwm_jax.models.family import FAMILIES
 from agwm_jax.registry import Registry
 from agwm_jax.section import Choice, Section, section_of
 from agwm_jax.settings import all_settings, dump_config, load_config
@@ -198,3 +202,15 @@ def test_an_entry_point_that_cannot_be_loaded_is_named(tmp_path, monkeypatch):
         list(registry)
     with pytest.raises(AgwmError, match="cannot be loaded"):  # and not half a registry the second time
         list(registry)
+
+
+def test_no_file_outside_its_folder_imports_a_method_family_source_or_metric():
+    graph = grimp.build_graph("agwm_jax", exclude_type_checking_imports=True, cache_dir=None)
+    found = []
+    for registry in (METHODS, FAMILIES, TASK_SOURCES, METRICS):
+        homes = {getattr(entry.value, "__module__", "") for entry in registry.entries()} & graph.modules
+        assert homes
+        for home in homes:
+            importers = graph.find_modules_that_directly_import(home)
+            found += [f"{name} imports {home}" for name in importers if not name.startswith(home.rpartition(".")[0])]
+    assert found == []

@@ -29,7 +29,7 @@ from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
 from agwm_jax.runs.recorder import Recorder, Told
 from agwm_jax.runs.result import describe
 from agwm_jax.runs.variables import Origin, save_variables
-from agwm_jax.settings.config import Config, seed_configs
+from agwm_jax.settings import Config, seed_configs, use_deterministic_kernels
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
@@ -54,6 +54,8 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
             that does not fit.
         Interrupted: Ctrl-C; the state is saved.
     """
+    if config.run.deterministic:
+        use_deterministic_kernels()
     configs = seed_configs(config)
     folders = [Path(one.run.output) for one in configs]
     for folder, one in zip(folders, configs, strict=True):
