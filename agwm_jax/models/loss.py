@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from agwm_jax.core.types import Batch, Composite, Params, Scalar
+from agwm_jax.core.types import Batch, Composite, Scalar
+from agwm_jax.models.model import Effective
 
 
 def batch_loss(apply: Callable[..., jnp.ndarray], kind: str, *, reverse_only: bool = False) -> Composite:
@@ -15,7 +16,7 @@ def batch_loss(apply: Callable[..., jnp.ndarray], kind: str, *, reverse_only: bo
     Args:
         apply: ``apply(params, batch, key=key) -> logits [b, c]``; the batch's own ``key``, if any, drives dropout.
         kind: of the task, "classification" or "regression" (then c = 1).
-        reverse_only: the promise that `BertClassifier` asks for; handed on to `apply`.
+        reverse_only: the promise that `Model.features` asks for; handed on to `apply`.
 
     Returns:
         A loss that weights example i with ``batch["weight"][i]`` (1, or 0 for the padding of a short batch) and divides
@@ -23,7 +24,7 @@ def batch_loss(apply: Callable[..., jnp.ndarray], kind: str, *, reverse_only: bo
     """
     options = {"reverse_only": True} if reverse_only else {}
 
-    def logits(params: Params, batch: Batch) -> Float[Array, "b c"]:
+    def logits(params: Effective, batch: Batch) -> Float[Array, "b c"]:
         return apply(params, batch, key=batch.get("key"), **options)
 
     def criterion(logits: Float[Array, "b c"], batch: Batch) -> Scalar:

@@ -1,22 +1,26 @@
 """A model as the rest of the library sees it: pure functions of its weights, and what is known of each weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Key
 
-from agwm_jax.core.types import Batch, Params
+from agwm_jax.core.types import Batch
 from agwm_jax.models.weights import Weights
+
+Effective = Mapping[str, Any]
+"""Weights of a forward pass by path: an array each, of any kind that JAX takes, or a `Deferred` that computes it."""
 
 
 class Model(NamedTuple):
     """A text classifier or regressor; `logits(features(embed))` is its forward pass.
 
     Functions are pure and take all weights by path; randomness comes in by keys, and without a key there is no dropout.
+    A weight may be a `Deferred`: one that is stacked over layers is then computed within the scan, layer by layer.
     """
 
-    embed: Callable[[Params, Batch], Float[Array, "b t d"]]
+    embed: Callable[[Effective, Batch], Float[Array, "b t d"]]
     """``embed(params, batch)``: the word embeddings of ``batch["input_ids"] [b, t]``, before positions and norms: what
     methods that perturb the input perturb."""
     features: Callable[..., Float[Array, "b d"]]
@@ -28,7 +32,7 @@ class Model(NamedTuple):
     """By path, in the order of the model."""
 
     def apply(
-        self, params: Params, batch: Batch, *, key: Key[Array, ""] | None = None, reverse_only: bool = False
+        self, params: Effective, batch: Batch, *, key: Key[Array, ""] | None = None, reverse_only: bool = False
     ) -> Float[Array, "b c"]:
         """Logits of a batch: the composition of the three functions, with dropout where there is a key."""
         features_key, head_key = (None, None) if key is None else jax.random.split(key)
@@ -39,5 +43,3 @@ class Model(NamedTuple):
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 """Of every weight by path."""
-
-Apply = Callable[..., Any]

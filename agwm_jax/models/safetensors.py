@@ -1,50 +1,22 @@
-"""The table between the names of BERT's weights in safetensors files and the paths of our parameters."""
+"""Safetensors files in and out, by a family's table: every tensor is used, known to be unused, or refused."""
 
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from agwm_jax.errors import AgwmError
+from agwm_jax.models.family import Family, Row, Table
+from agwm_jax.models.weights import CLASSES
 
-_DENSE = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "attention_output": "attention.output.dense",
-    "intermediate": "intermediate.dense",
-    "output": "output.dense",
-}
-_NORM = {"attention_norm": "attention.output.LayerNorm", "output_norm": "output.LayerNorm"}
-
-# Path of ours -> (name in the file, is it stored transposed). "{}" stands for the layer number; PyTorch keeps a dense
-# layer's weight as [d_out, d_in]. Names are those of the bare encoder, without the prefix "bert.".
-TABLE: dict[str, tuple[str, bool]] = {
-    "embeddings.word.embedding": ("embeddings.word_embeddings.weight", False),
-    "embeddings.position.embedding": ("embeddings.position_embeddings.weight", False),
-    "embeddings.token_type.embedding": ("embeddings.token_type_embeddings.weight", False),
-    "embeddings.norm.scale": ("embeddings.LayerNorm.weight", False),
-    "embeddings.norm.bias": ("embeddings.LayerNorm.bias", False),
-    **{f"encoder.layers.{ours}.kernel": (f"encoder.layer.{{}}.{name}.weight", True) for ours, name in _DENSE.items()},
-    **{f"encoder.layers.{ours}.bias": (f"encoder.layer.{{}}.{name}.bias", False) for ours, name in _DENSE.items()},
-    **{f"encoder.layers.{ours}.scale": (f"encoder.layer.{{}}.{name}.weight", False) for ours, name in _NORM.items()},
-    **{f"encoder.layers.{ours}.bias": (f"encoder.layer.{{}}.{name}.bias", False) for ours, name in _NORM.items()},
-    "pooler.kernel": ("pooler.dense.weight", True),
-    "pooler.bias": ("pooler.dense.bias", False),
-    "classifier.kernel": ("classifier.weight", True),
-    "classifier.bias": ("classifier.bias", False),
-}
-HEAD = ("classifier.kernel", "classifier.bias")
-
-# Left alone without a word: buffers that hold no weight, and the heads of other tasks.
-_IGNORED = re.compile(r"embeddings\.(position|token_type)_ids|cls\..*|qa_outputs\..*")
-# Names from TensorFlow days, still in the hub's bert-base-uncased.
-_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_WRAPPERS = ("module.", "_orig_mod.")
+"""Before every name where a model was saved in the wrapper of data parallelism or of `torch.compile`."""
+_SHOWN = 3
 
 
 def read_safetensors(folder: Path) -> dict[str, np.ndarray]:
@@ -87,93 +59,130 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def canonical(tensors: Mapping[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """The same tensors by the names of the table: without wrappers and prefix, old endings renamed."""
+    names = list(tensors)
+    while names and (wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None)):
+        names = [name.removeprefix(wrapper) for name in names]
+    names = [name.removeprefix(family.prefix) for name in names]
+    for old, new in family.renames.items():
+        names = [re.sub(rf"\b{re.escape(old)}$", new, name) for name in names]
+    return dict(zip(names, tensors.values(), strict=True))
+
+
+def num_classes(tensors: Mapping[str, np.ndarray], table: Table) -> int | None:
+    """Size of the head among `canonical` tensors; None where there is none."""
+    sizes = [
+        tensors[row.name].shape[0] for row in table.values() if row.weight.axes == (CLASSES,) and row.name in tensors
+    ]
+    return int(sizes[0]) if sizes else None
+
+
 def to_params(
-    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, jax.ShapeDtypeStruct], *, use_head: bool, source: str
-) -> dict[str, Array]:
-    """Parameters out of a file's tensors; strict both ways.
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    family: Family,
+    table: Table,
+    *,
+    use_head: bool,
+    source: str,
+) -> dict[str, np.ndarray]:
+    """Turn the tensors of a file into parameters; every tensor must be used, known to be unused, or refused.
 
     Args:
-        tensors: name in the file -> tensor; with or without the prefix "bert.".
-        shapes: path -> shape that the model, built from config.json, has.
+        tensors: by name, as `canonical` gives them.
+        shapes: those of the parameters that the model, as built from config.json, has.
+        family: whose files they are.
+        table: of the family, for this model.
         use_head: take the head if the file has one of the model's shape.
         source: named in the error.
 
     Returns:
-        Path -> float32 array; without the head's two paths if it is not taken.
+        Path -> array in the dtype of `shapes`; without the head's paths if it is not taken.
 
     Raises:
-        AgwmError: one list of everything that is missing, unknown, of another shape, or not a floating-point tensor.
+        AgwmError: a summary of all that is missing, unknown, of another shape, or not a floating-point tensor.
     """
-    tensors = _canonical(tensors)
-    depth = shapes["encoder.layers.query.kernel"].shape[0]
-    head = {path: tensors.get(TABLE[path][0]) for path in HEAD}
-    use_head = use_head and all(
-        tensor is not None and tensor.shape == shapes[path].shape[::-1] for path, tensor in head.items()
-    )
-    wanted = {path: shape for path, shape in shapes.items() if use_head or path not in HEAD}
-    # A head of another task or another size and, with mean pooling, the pooler are no part of this model.
-    unused = {TABLE[path][0] for path in TABLE if path not in wanted}
-    params, missing, unequal, used = {}, [], [], set()
-    for path, expected in wanted.items():
-        name, transposed = TABLE[path]
-        stacked = "{}" in name
-        shape = expected.shape[1:] if stacked else expected.shape
-        shape = shape[::-1] if transposed else shape
-        names = [name.format(i) for i in range(depth)] if stacked else [name]
+    depth = next((shapes[path].shape[0] for path in shapes if table[path].weight.is_stacked), 0)
+    head = [path for path in shapes if table[path].weight.role == "head"]
+    use_head = use_head and not any(_misfit(tensors, table[path], shapes[path].shape) for path in head)
+    wanted = [path for path in shapes if use_head or path not in head]
+    params, missing, misfits, used = {}, [], [], set()
+    for path in wanted:
+        row, shape = table[path], shapes[path].shape
+        names, shape = (_names(row, depth), shape[1:]) if row.weight.is_stacked else ([row.name], shape)
         used.update(names)
         missing += [name for name in names if name not in tensors]
-        for name in (name for name in names if name in tensors):
-            if tensors[name].shape != shape:
-                unequal.append(f"{name} is {list(tensors[name].shape)} in the weights, {list(shape)} by config.json")
-            elif not jnp.issubdtype(tensors[name].dtype, jnp.floating):
-                unequal.append(f"{name} holds {tensors[name].dtype}, expected floating-point numbers")
-        if not missing and not unequal:
-            values = [(tensors[name].T if transposed else tensors[name]).astype(np.float32) for name in names]
-            params[path] = jnp.array(np.stack(values) if stacked else values[0])
-    unknown = [name for name in tensors if name not in used and name not in unused and not _IGNORED.fullmatch(name)]
-    faults = [f"{name} is missing from the weights" for name in _fold(missing)]
-    faults += [f"{name} is not part of the model that config.json describes" for name in _fold(unknown)]
-    faults += unequal
-    if faults:
-        remedy = ""
-        if any(name.startswith("pooler.") for name in missing):
-            remedy = "\nA checkpoint without a pooler works with pooling: mean."
-        listed = "".join(f"\n  - {fault}" for fault in faults)
+        wrong = [text for name in names if name in tensors and (text := _misfit(tensors, row, shape, name))]
+        misfits += wrong
+        if not missing and not misfits:
+            values = [row.transform.read(tensors[name]).astype(shapes[path].dtype) for name in names]
+            params[path] = np.stack(values) if row.weight.is_stacked else np.ascontiguousarray(values[0])
+    # A head of another task or another size and, with mean pooling, the pooler are no part of this model.
+    unused = {row.name for path, row in table.items() if path not in wanted}
+    unknown = [n for n in tensors if n not in used and n not in unused and not re.fullmatch(family.ignored, n)]
+    faults = [
+        _summary("missing from the weights: ", _fold(missing)),
+        _summary("not part of the model that config.json describes: ", _fold(unknown)),
+        _summary("", _fold(misfits)),
+    ]
+    if any(faults):
+        # Some path that only one way of pooling has.
+        poolers = [name for name in missing if name.startswith("pooler.")]
+        remedy = "\nA checkpoint without a pooler works with pooling: mean." if poolers else ""
+        listed = "".join(f"\n  - {fault}" for fault in faults if fault)
         raise AgwmError(f"The weights in {source} and its config.json disagree:{listed}{remedy}")
     return params
 
 
-def to_tensors(params: Mapping[str, Array]) -> dict[str, np.ndarray]:
-    """The inverse of `to_params`: name in the file, with the prefix "bert." but for the head, -> float32 tensor."""
+def to_tensors(params: Mapping[str, Any], family: Family, table: Table) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: name in the file, with the family's prefix but for the head -> tensor.
+
+    Tensors are float64 where the parameters are, else float32.
+    """
     tensors = {}
     for path, value in params.items():
-        name, transposed = TABLE[path]
-        name = name if path in HEAD else f"bert.{name}"
-        array = np.asarray(value, np.float32)
-        for i, tensor in enumerate(array if "{}" in name else array[None]):
-            tensors[name.format(i)] = np.ascontiguousarray(tensor.T if transposed else tensor)
+        row = table[path]
+        prefix = "" if row.weight.role == "head" else family.prefix
+        array = np.asarray(value, np.float64 if value.dtype == np.float64 else np.float32)
+        names, parts = (_names(row, len(array)), array) if row.weight.is_stacked else ([row.name], array[None])
+        for name, part in zip(names, parts, strict=True):
+            tensors[prefix + name] = np.ascontiguousarray(row.transform.write(part))
     return tensors
 
 
-def _canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("bert.")
-        for old, new in _LEGACY.items():
-            name = re.sub(rf"\b{re.escape(old)}$", new, name)
-        renamed[name] = tensor
-    return renamed
+def _names(row: Row, depth: int) -> list[str]:
+    return [row.name.format(i) for i in range(depth)]
 
 
-def _fold(names: Iterable[str]) -> list[str]:
-    """Names that differ in the layer number alone as one entry, "encoder.layer.{6..11}.output.dense.bias"."""
-    layers: dict[str, list[int]] = {}
-    for name in names:
-        found = re.match(r"encoder\.layer\.(\d+)\.", name)
-        template = name if found is None else f"encoder.layer.{{}}.{name[found.end() :]}"
-        layers.setdefault(template, []).extend([int(found.group(1))] if found else [])
+def _misfit(tensors: Mapping[str, np.ndarray], row: Row, shape: tuple[int, ...], name: str = "") -> str | None:
+    name = name or row.name
+    if name not in tensors:
+        return f"{name} is missing"
+    expected = row.transform.write(np.broadcast_to(np.float32(0), shape)).shape
+    if tensors[name].shape != expected:
+        return f"{name} is {list(tensors[name].shape)} in the weights, {list(expected)} by config.json"
+    if not jnp.issubdtype(tensors[name].dtype, jnp.floating):
+        return f"{name} holds {tensors[name].dtype}, expected floating-point numbers"
+    return None
+
+
+def _summary(what: str, folded: list[str]) -> str:
+    if not folded:
+        return ""
+    more = f" and {len(folded) - _SHOWN} more" if len(folded) > _SHOWN else ""
+    return what + ("; " if not what else ", ").join(folded[:_SHOWN]) + more
+
+
+def _fold(texts: Iterable[str]) -> list[str]:
+    """Texts that differ in the layer number alone as one, "encoder.layer.{6..11}.output.dense.bias"."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for text in texts:
+        found = re.match(r"([a-z_.]*?)\.(\d+)\.(.*)", text)
+        before, number, after = found.groups() if found else ("", None, text)
+        layers.setdefault((before, after), []).extend([] if number is None else [int(number)])
     folded = []
-    for template, numbers in layers.items():
+    for (before, after), numbers in layers.items():
         span = f"{{{min(numbers)}..{max(numbers)}}}" if len(numbers) > 1 else "".join(map(str, numbers))
-        folded.append(template.replace("{}", span))
+        folded.append(f"{before}.{span}.{after}" if numbers else after)
     return folded

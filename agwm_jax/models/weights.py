@@ -7,20 +7,23 @@ from typing import Literal, NamedTuple, get_args
 from agwm_jax.errors import AgwmError
 
 Role = Literal["kernel", "bias", "norm", "embedding", "head"]
-"""``kernel``: a matrix between two hidden representations (pooler included); ``bias``: added after one; ``norm``: scale or
-bias of a normalisation; ``embedding``: a table that is looked up; ``head``: kernels and biases of the task's classifier,
-which a pretrained checkpoint lacks."""
+"""``kernel``: a matrix between two hidden representations (pooler included); ``bias``: added after one; ``norm``: scale
+or bias of a normalisation; ``embedding``: a table that is looked up; ``head``: kernels and biases of the task's
+classifier, which a pretrained checkpoint lacks."""
 
 LAYERS = "layers"
 """Logical axis of weights that are stacked over layers; always the first."""
+CLASSES = "classes"
+"""Logical axis that counts what the head tells apart; always the last."""
 
 
 class Weight(NamedTuple):
     """One weight of a model.
 
-    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``width`` (of the hidden state, as rows or
-    columns of a matrix), ``heads`` (heads times their width), ``mlp`` (inner width), ``classes``; ``vector`` for the
-    only axis of a bias or a norm that has the hidden state's width. The mesh maps them to devices by one small table.
+    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``positions``, ``types`` (rows of a table),
+    ``width`` (of the hidden state, as rows or columns of a matrix), ``heads`` (heads times their width), ``mlp`` (inner
+    width), ``classes``; ``vector`` for the only axis of a bias or a norm that has the hidden state's width. The mesh
+    maps them to devices by one small table.
     """
 
     role: Role
@@ -33,6 +36,11 @@ class Weight(NamedTuple):
     def is_stacked(self) -> bool:
         """Whether the first axis counts layers."""
         return self.axes[:1] == (LAYERS,)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has two axes without that of layers: a kernel or a table, not a bias or a norm."""
+        return len(self.axes) - self.is_stacked > 1
 
 
 Weights = Mapping[str, Weight]
@@ -71,21 +79,15 @@ def matching(
     wrong = [f"{path} (a {weights[path].role})" for path in found if weights[path].role not in allowed]
     if wrong:
         raise AgwmError(
-            f"{setting} {pattern!r} matches {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; expected weights "
-            f"of role {' or '.join(allowed)} only: narrow the pattern."
+            f"{setting} {pattern!r} matches {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; expected "
+            f"weights of role {' or '.join(allowed)} only: narrow the pattern."
         )
     return found
 
 
 def decays(weights: Weights) -> dict[str, bool]:
-    """Which weights decay: matrices and tables do, biases and norms do not.
-
-    Of the head, kernels decay and biases do not: they have one axis.
-    """
-    return {
-        path: weight.role in ("kernel", "embedding") or (weight.role == "head" and len(weight.axes) > 1)
-        for path, weight in weights.items()
-    }
+    """Which weights decay: matrices and tables do, biases and norms do not."""
+    return {path: weight.is_matrix for path, weight in weights.items()}
 
 
 def num_layers(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> int:

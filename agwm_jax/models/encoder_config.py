@@ -1,0 +1,134 @@
+"""The configuration of encoders of BERT's layout: sizes and rates as in config.json, all faults in one message."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from agwm_jax.errors import AgwmError
+
+# Names as in Hugging Face's config.json. BERT's "gelu" is the exact one (erf), the other two the tanh approximation.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_COUNTS = (*_SIZES, "max_position_embeddings", "type_vocab_size")
+_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+_POSITIVE = ("initializer_range", "layer_norm_eps")
+_REFUSED = ("is_decoder", "add_cross_attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shape and rates of an encoder; names and meaning as in Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: as hidden_dropout_prob
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        _refuse(self.faults(self.to_dict()))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EncoderConfig":
+        """Take what this model needs from the values of a config.json.
+
+        Args:
+            values: the parsed file; keys without a bearing on the forward pass are left alone.
+
+        Raises:
+            AgwmError: a size is missing or not usable, or the file asks for a variant that is not built here
+                (decoder, cross attention, relative positions). All faults are in the one message.
+        """
+        missing = [name for name in _SIZES if name not in values]
+        faults = [f"{name} is missing" for name in missing]
+        faults += [f"{name} is true, which is not supported" for name in _REFUSED if values.get(name)]
+        position = values.get("position_embedding_type", "absolute")
+        if position not in ("absolute", None):
+            faults.append(f"position_embedding_type is {position!r}, only 'absolute' is supported")
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        used = {name: values.get(name, default) for name, default in defaults.items()}
+        faults += cls.faults({name: value for name, value in used.items() if name not in missing})
+        _refuse(faults)
+        for name in (*_RATES, *_POSITIVE):
+            used[name] = None if used[name] is None else float(used[name])
+        return cls(**used)
+
+    @classmethod
+    def faults(cls, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with values, of which some may be missing; a family adds its own."""
+        faults = [
+            f"{name} is {values[name]!r}, expected a whole number of at least 1"
+            for name in _COUNTS
+            if name in values and not is_whole(values[name], at_least=1)
+        ]
+        for name in _RATES:
+            optional = name == "classifier_dropout" and values[name] is None
+            if not optional and not (_is_number(values[name]) and 0 <= values[name] < 1):
+                faults.append(f"{name} is {values[name]!r}, expected a number in [0, 1)")
+        for name in _POSITIVE:
+            if not (_is_number(values[name]) and values[name] > 0):
+                faults.append(f"{name} is {values[name]!r}, expected a number above 0")
+        if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
+            faults.append(f"hidden_act is {values['hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
+        width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0)
+        if is_whole(width, at_least=1) and is_whole(heads, at_least=1) and width % heads:
+            faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+        return faults
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens."""
+        return self.max_position_embeddings
+
+    @property
+    def head_dropout(self) -> float:
+        """Rate before the layers of the classifier."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    def with_dropout(self, rate: float | None) -> "EncoderConfig":
+        """The same configuration with all three dropout rates set to `rate`; None changes nothing."""
+        if rate is None:
+            return self
+        return dataclasses.replace(
+            self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        return dataclasses.asdict(self)
+
+
+def is_whole(value: Any, *, at_least: int) -> bool:
+    """Whether it is an integer of at least that, and not a truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise AgwmError("The model's configuration is not usable: " + "; ".join(faults) + ".")

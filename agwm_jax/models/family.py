@@ -1,0 +1,214 @@
+"""What a model family is: its configuration, its module, and one row a weight; a file of its own registers each."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from agwm_jax.errors import AgwmError
+from agwm_jax.models.functional import functionalize
+from agwm_jax.models.model import Model, Shapes
+from agwm_jax.models.weights import CLASSES, LAYERS, Role, Weight, Weights, of_role
+from agwm_jax.registry import Registry
+
+Remat = Literal["none", "dots", "full"]
+
+
+class Options(NamedTuple):
+    """How a model computes what it computes; none of these changes the function."""
+
+    dtype: DTypeLike = jnp.float32
+    """Of the computation. Weights, softmax, pooling and head are float32, or float64 where this is."""
+    unroll: int = 1
+    """Layers in one turn of the scan."""
+    fuse_attention: bool = True
+    """Run cuDNN's fused attention in calls that promise `reverse_only`, unless `fused_refusal` has a reason not to."""
+    remat: Remat = "none"
+    """What the backward pass computes again: nothing, all but products with weights, or whole layers."""
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of weights, softmax, pooling and head."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+
+class Transform(NamedTuple):
+    """How one layer's weight lies in the file: `read` gives ours from the file's tensor, `write` is its inverse."""
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+
+
+KEEP = Transform(lambda x: x, lambda x: x)
+TRANSPOSE = Transform(np.transpose, np.transpose)
+"""Of kernels: PyTorch keeps a dense layer's as ``[d_out, d_in]``."""
+
+
+class Row(NamedTuple):
+    """One weight: what it is and where it lies in a safetensors file."""
+
+    weight: Weight
+    name: str
+    """In the file, without the family's prefix; ``{}`` stands for the layer number of a stacked weight."""
+    transform: Transform = KEEP
+
+
+Table = Mapping[str, Row]
+"""Every weight that a family may have, by path. Partitioning metadata stand here rather than in NNX's variables: one
+row then says all of a weight, and Flax's own annotations have no role, depth or name in the file."""
+
+
+class Config(Protocol):
+    """What the library reads of a family's configuration, a frozen dataclass or the like."""
+
+    initializer_range: float
+    """Standard deviation of fresh weights."""
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens."""
+        ...
+
+    def with_dropout(self, rate: float | None) -> "Config":
+        """The same with all dropout rates set to `rate`; None changes nothing."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json has it."""
+        ...
+
+
+class Family(NamedTuple):
+    """Models of one layout. `module(config, num_labels=, pooling=, options=, rngs=)` makes an `nnx.Module` with
+
+    - ``embed(batch) -> [b, t, d]``,
+    - ``features(embedded, batch, *, key, reverse_only) -> [b, d]``,
+    - ``logits(features, *, key) -> [b, c]``,
+
+    as `Model` describes them; every path of its parameters is in the table.
+    """
+
+    model_types: Mapping[str, str]
+    """Values of config.json's ``model_type`` -> what the names of transformers' classes start with."""
+    read_config: Callable[[Mapping[str, Any]], Any]
+    """The configuration out of config.json's values; refuses all faults in one `AgwmError`."""
+    module: Callable[..., nnx.Module]
+    table: Callable[[Any], Table]
+    """Of a configuration."""
+    prefix: str = ""
+    """Before the names of all weights but the head's in a saved classifier; bare encoders lack it."""
+    ignored: str = r"(?!)"
+    """Pattern of names in the file that hold no weight of this model: buffers, heads of other tasks."""
+    renames: Mapping[str, str] = {}
+    """Endings of names from older checkpoints -> today's."""
+    tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
+    """At least one of them lies in a folder with a tokenizer."""
+
+
+FAMILIES: Registry[Callable[[], Family]] = Registry("model family", "families", "agwm_jax.models")
+
+
+def family_of(model_type: Any, where: Any) -> Family:
+    """The family that serves a `model_type` of config.json.
+
+    Raises:
+        AgwmError: none does; all that are served are listed.
+    """
+    families = [entry.value() for entry in FAMILIES.entries()]
+    for family in families:
+        if model_type in family.model_types:
+            return family
+    served = sorted(name for family in families for name in family.model_types)
+    raise AgwmError(f"{where} has model_type {model_type!r}; supported are {', '.join(served)}.")
+
+
+def build_model(
+    family: Family, config: Any, *, num_labels: int, pooling: str = "cls", options: Options | None = None
+) -> tuple[Model, Shapes]:
+    """A model without its weights, and their shapes; nothing is computed.
+
+    Args:
+        family: such as ``FAMILIES["bert"].value()``.
+        config: of that family.
+        num_labels: size of the head, c.
+        pooling: "cls" (what the family makes of the first token) or "mean" (mean over real tokens).
+        options: how it computes.
+
+    Raises:
+        AgwmError: the family does not know the pooling, or float64 is asked for in JAX's 32-bit mode.
+    """
+    options = Options() if options is None else options
+    if jnp.dtype(options.dtype) != jax.dtypes.canonicalize_dtype(options.dtype):
+        raise AgwmError('dtype float64 needs JAX\'s 64-bit mode: jax.config.update("jax_enable_x64", True).')
+    module = nnx.eval_shape(
+        lambda: family.module(config, num_labels=num_labels, pooling=pooling, options=options, rngs=nnx.Rngs(0))
+    )
+    table = family.table(config)
+    _, shapes = functionalize(module)
+    weights = {path: table[path].weight for path in table if path in shapes}
+    if weights.keys() != shapes.keys():
+        raise AgwmError(f"The family's table lacks {', '.join(sorted(shapes.keys() - weights.keys()))}.")
+    scanned = tuple(path for path, weight in weights.items() if weight.is_stacked)
+    embed, features, logits = (functionalize(module, name, scanned)[0] for name in ("embed", "features", "logits"))
+    return Model(embed, features, logits, weights), {path: shapes[path] for path in weights}
+
+
+def fresh_params(
+    weights: Weights, shapes: Mapping[str, Any], *, seed: int, scale: float, paths: Iterable[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Weights as they are before any training: N(0, scale), biases 0, scales of norms 1.
+
+    By NumPy, so that they are the same bits on every device and version of XLA.
+
+    Args:
+        weights: of the model.
+        shapes: arrays, or their shapes, by path.
+        seed: of the random numbers.
+        scale: `initializer_range`.
+        paths: of these alone; None: all.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(path: str) -> np.ndarray:
+        shape, dtype = shapes[path].shape, shapes[path].dtype
+        if weights[path].role == "norm":
+            return np.full(shape, 1 if path.endswith("scale") else 0, dtype)
+        return rng.normal(0, scale, shape).astype(dtype) if weights[path].is_matrix else np.zeros(shape, dtype)
+
+    return {path: one(path) for path in (weights if paths is None else paths)}
+
+
+def head_paths(weights: Weights) -> tuple[str, ...]:
+    """Of the classifier, from its input to its output."""
+    return of_role(weights, "head")
+
+
+def output_paths(weights: Weights) -> tuple[str, ...]:
+    """Of the last layer of the classifier, whose last axis counts classes."""
+    return tuple(path for path, weight in weights.items() if weight.axes[-1] == CLASSES)
+
+
+def dense_rows(
+    path: str, name: str, axes: tuple[str, str], *, depth: int | None = None, role: Role = "kernel"
+) -> dict[str, Row]:
+    """The two rows of a dense layer, stacked over layers where `depth` is None."""
+    stack = (LAYERS,) if depth is None else ()
+    bias = "vector" if axes[1] == "width" else axes[1]
+    bias_role: Role = "head" if role == "head" else "bias"
+    return {
+        f"{path}.kernel": Row(Weight(role, (*stack, *axes), depth), f"{name}.weight", TRANSPOSE),
+        f"{path}.bias": Row(Weight(bias_role, (*stack, bias), depth), f"{name}.bias"),
+    }
+
+
+def norm_rows(path: str, name: str, *, depth: int | None = None) -> dict[str, Row]:
+    """The two rows of a layer norm, stacked over layers where `depth` is None."""
+    axes = (LAYERS, "vector") if depth is None else ("vector",)
+    return {
+        f"{path}.scale": Row(Weight("norm", axes, depth), f"{name}.weight"),
+        f"{path}.bias": Row(Weight("norm", axes, depth), f"{name}.bias"),
+    }
