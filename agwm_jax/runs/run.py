@@ -95,9 +95,9 @@ def _refuse_changed_data(folder: Path, data: Mapping[str, str]) -> None:
     changed = [path for path, digest in ((result or {}).get("data") or {}).items() if data.get(path) != digest]
     if changed:
         raise AgwmError(
-            f"{folder} is finished, and {', '.join(changed)} changed since: its result is of the data as they were. To "
-            "train on what is there now, choose another --run.output or remove that folder; to keep the result, restore "
-            "the data."
+            f"{folder} is finished, and {', '.join(changed)} changed since: its result is of the data as they were. "
+            "To train on what is there now, choose another --run.output or remove that folder; to keep the result, "
+            "restore the data."
         )
 
 
