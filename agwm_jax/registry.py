@@ -12,11 +12,11 @@ from agwm_jax.errors import AgwmError
 T = TypeVar("T")
 
 
-class Entry(NamedTuple, Generic[T]):
+class Entry(NamedTuple):
     """One registered thing."""
 
     name: str
-    value: T
+    value: Any
     """What was registered: a factory, a section of settings, a function."""
     facts: dict[str, Any]
     """What tables and help show of it, such as ``cost`` and ``paper``."""
@@ -44,7 +44,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, plural: str, package: str):
         """Nothing is imported yet."""
         self.kind, self.plural, self._package = kind, plural, package
-        self._entries: dict[str, Entry[T]] = {}
+        self._entries: dict[str, Entry] = {}
         self._searched = False
 
     def register(self, name: str, **facts: Any) -> Callable[[T], T]:
@@ -66,7 +66,7 @@ class Registry(Generic[T]):
 
         return add
 
-    def __getitem__(self, name: str) -> Entry[T]:
+    def __getitem__(self, name: str) -> Entry:
         """The entry of that name.
 
         Raises:
@@ -94,7 +94,7 @@ class Registry(Generic[T]):
         self._search()
         return name in self._entries
 
-    def entries(self) -> tuple[Entry[T], ...]:
+    def entries(self) -> tuple[Entry, ...]:
         """All of them, sorted by name."""
         return tuple(self[name] for name in self)
 
