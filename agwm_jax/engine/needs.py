@@ -154,7 +154,7 @@ def _example_batches(phase: Phase):
 
 
 def _abstract(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def _leaves(tree) -> list[Any]:

@@ -18,6 +18,7 @@ from agwm_jax.models.encoder import dropout
 from agwm_jax.models.family import FAMILIES, build_model
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import of_role
+from tests.engine.conftest import QUICKLY
 
 # All different, so that a shape in a compiled program says what it is; what a mesh cuts is a multiple of 8.
 L, B, T, D, F, VOCABULARY, POSITIONS = 3, 8, 12, 32, 48, 104, 24
@@ -31,9 +32,6 @@ CONFIG = BertConfig(
     max_position_embeddings=POSITIONS,
 ).with_dropout(0.1)
 STEPS, EXAMPLES = 2, 20
-
-# A program that runs for milliseconds is all compilation: these halve it, and move no collective.
-QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 
 
 class Search(NamedTuple):
