@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agwm_jax.core.deferred import materialise
 from agwm_jax.methods.interface import Context, Method, Setup
 from agwm_jax.methods.training import Finetune
 from agwm_jax.models.loss import batch_loss
@@ -59,11 +60,11 @@ def tiny_model(*, dropout: float = 0.1, dtype: Any = jnp.float32) -> Model:
     def features(params, embedded, batch, *, key=None, reverse_only=False):
         del batch, reverse_only
         prefix = "encoder.layers."
-        stacked = {path.removeprefix(prefix): w.astype(dtype) for path, w in params.items() if path.startswith(prefix)}
+        stacked = {path.removeprefix(prefix): w for path, w in params.items() if path.startswith(prefix)}
         keys = jax.random.split(jax.random.key(0) if key is None else key, LAYERS)
 
         def layer(x, per_layer):
-            w, layer_key = per_layer
+            w, layer_key = {path: w.astype(dtype) for path, w in materialise(per_layer[0]).items()}, per_layer[1]
             gate = jnp.tanh(jnp.einsum("btd,de->bte", x, w["query.kernel"]) + w["query.bias"][None, None])
             value = jnp.einsum("btd,de->bte", x, w["value.kernel"])
             x = x + drop(gate * value, None if key is None else layer_key)
