@@ -161,6 +161,25 @@ def phase_key(key, name: str):
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+def abstract_step(phase, variables, *, tokens: int = TOKENS, width: int = WIDTH) -> tuple:
+    """Arguments of a phase's step as shapes: state, context, batches, key and number of the step."""
+    spec, key = jax.ShapeDtypeStruct, jax.eval_shape(lambda: jax.random.key(0))
+    columns = {"input_ids": ((tokens,), jnp.int32), "labels": ((), jnp.int32)}
+    batches = {}
+    for name, plan in phase.plan.items():
+        rows = plan.shape[1:]
+        batches[name] = {column: spec((*rows, *shape), dtype) for column, (shape, dtype) in columns.items()}
+        batches[name] |= {"weight": spec(rows, jnp.float32), "key": spec(rows[:-1], key.dtype)}
+    context = Context(shapes_of(width=width), variables, variables)
+    return jax.eval_shape(phase.start, context, key), context, batches, key, spec((), jnp.int32)
+
+
+def trace_step(phase, variables) -> tuple:
+    """Shapes of a phase's state before and after a step."""
+    arguments = abstract_step(phase, variables)
+    return arguments[0], jax.eval_shape(phase.step, *arguments)[0]
+
+
 class Runner:
     """Runs all phases of a method; a step is traced once for all of its steps and runs, and its state donated.
 
