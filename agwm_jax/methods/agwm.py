@@ -138,9 +138,7 @@ class Agwm(MethodSettings):
             )
             for index, plan in enumerate(plans)
         )
-        finetune = training_phase(
-            setup, forward=lambda w0, variables, key: mixture.merge(w0, variables), keeps=(ALPHA,)
-        )
+        finetune = training_phase(setup, forward=mixture.forward, keeps=(ALPHA,))
         return Method(init, (searches, (finetune,)), mixture.merge, search_warnings)
 
 

@@ -100,7 +100,7 @@ class Method(NamedTuple):
         key = jax.random.key(0)
         initial = learnt = jax.eval_shape(self.init, pretrained, key)
         for phase in self.phases[:num_phases]:
-            context = Context(pretrained, initial, learnt)
+            context = Context(dict(pretrained), initial, learnt)
             learnt = jax.eval_shape(phase.finish, context, jax.eval_shape(phase.start, context, key))
         return learnt
 
