@@ -59,7 +59,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return parse_config(raw, where)
 
 
-def parse_config(raw: Mapping[str, Any], where: str = "the settings") -> Config:
+def parse_config(raw: Mapping[Any, Any], where: str = "the settings") -> Config:
     """Settings out of nested mappings, as a YAML file has them; `where` is what an error calls them.
 
     Raises:
