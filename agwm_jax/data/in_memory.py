@@ -18,7 +18,7 @@ def as_task(data: Any) -> Task:
             they are floats, the task is a regression.
 
     Raises:
-        AgwmError: no training split, as many labels as texts are missing, or a text or label is unusable (with its row).
+        AgwmError: no training split, not one label for each text, or an unusable text or label (with its row).
     """
     if isinstance(data, Task):
         return data

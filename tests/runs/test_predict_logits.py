@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_whole_split_in_its_order(model, mesh):
 
 @pytest.mark.parametrize(("longest", "length"), [(15, 16), (16, 16), (17, 24), (24, 24), (25, 40)])
 def test_a_batch_is_as_long_as_its_texts_need(model, longest, length):
-    apply, params, shapes, weights = model
+    apply, params, shapes, _ = model
     mask = (np.arange(PADDED) < np.array([[longest]] * BATCH)).astype(np.int32)
     encoded = {"input_ids": 7 * mask, "token_type_ids": 0 * mask, "attention_mask": mask, "labels": mask[:, 0]}
     batch = {name: column for name, column in encoded.items() if name != "labels"}
