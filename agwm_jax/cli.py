@@ -150,6 +150,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     report = group.add_parser("report", help="tables and plots of finished runs", **options)
     report.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders of them")
     report.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
+    report.add_argument(
+        "--baseline", default="vanilla", help="method that the others are compared with (default: vanilla)"
+    )
     return parser, group.choices
 
 
@@ -220,7 +223,7 @@ def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
 def _report(parsed: argparse.Namespace, _: list[str]) -> int:
     from agwm_jax.report import write_report
 
-    report = write_report(parsed.runs, parsed.output)
+    report = write_report(parsed.runs, parsed.output, baseline=parsed.baseline)
     print(f"{report.markdown}\nreport: {report.files[0]}")
     return OK
 

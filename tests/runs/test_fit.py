@@ -1,6 +1,7 @@
 """Fine-tuning in memory: the very path of a run folder, on texts and labels that are at hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_scores_are_learnt_in_their_own_unit(scored, tmp_path):
     np.testing.assert_allclose(plain.predict(pairs).labels, predicted.labels, rtol=1e-5)
     first = fit(exported, "vanilla", (pairs * 4, predicted.labels * 4), data=DATA).records[0]
     assert first["loss"] < 1, "a head that fits already is put into the unit of training"
+
+
+def test_the_page_shows_what_works(tiny_checkpoint, tmp_path, monkeypatch, request, capsys):
+    (code,) = re.findall(r"```py\n(.*?)```", (request.config.rootpath / "docs/library.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("minilm", str(tiny_checkpoint)), {})
+    assert re.match(r"[01]\.\d+ \['(good|bad)'\]", capsys.readouterr().out)
+    assert load_pretrained(tmp_path / "my-model").label_names == ("bad", "good")
 
 
 def test_sections_are_those_of_a_config(model):
