@@ -22,7 +22,7 @@ from agwm_jax.engine.sharding import SEED, check_model, gather_to_main, make_pla
 from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.methods.interface import Variables
 from agwm_jax.runs import folder as run_folder
-from agwm_jax.runs.build import Prepared, prepare, read_model, recipe
+from agwm_jax.runs.build import Prepared, build
 from agwm_jax.runs.finished import export
 from agwm_jax.runs.fitting import Merge, conclude, merger
 from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
@@ -138,12 +138,9 @@ class _Training:
         )
         began = time.perf_counter()
         with _on_the_host():
-            task = config.task.load()
-            pretrained = read_model(config, task)
-            seeds = [one.run.seed for one in configs]
-            prepared = prepare(task, pretrained, recipe(config), seeds=seeds)
-        self.weights = pretrained.model.weights
-        shapes = {path: x.shape for path, x in pretrained.params.items()}
+            prepared = build(config, [one.run.seed for one in configs])
+        self.weights = prepared[0].pretrained.model.weights
+        shapes = {path: x.shape for path, x in prepared[0].pretrained.params.items()}
         check_model(self.placement, self.weights, shapes, batch_size=config.data.batch_size)
         self.seeds = {one.run.seed: _Seed(one, own) for one, own in zip(configs, prepared, strict=True)}
         self.prepare_seconds = time.perf_counter() - began
