@@ -3,7 +3,7 @@
     python experiments/benchmark.py --output runs/benchmark                      # MiniLM-L6, 16 x 128, float32: a CPU
     python experiments/benchmark.py --only plain unrolled --compile-layers 6 12 24
     python experiments/benchmark.py --only seeds --seeds 4 --length 32           # only several seeds, and one alone
-    python experiments/benchmark.py --preset gpu --output runs/gpu               # BERT-base and -large, bfloat16, 32 x 128
+    python experiments/benchmark.py --preset gpu --output runs/gpu               # BERT-base and -large in bfloat16
 
 Weights are random, dropout is off. The unit is one plain training step (forward, backward, AdamW). All programs are
 timed in turn, round after round; a table has medians, and the ratio of each program to the plain step of the same
