@@ -150,6 +150,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     report = group.add_parser("report", help="tables and plots of finished runs", **options)
     report.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders of them")
     report.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
+    report.add_argument(
+        "--baseline", default="vanilla", help="method that the others are compared with (default: vanilla)"
+    )
     return parser, group.choices
 
 
@@ -203,16 +206,16 @@ def _connect(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
     if parsed.split is not None and parsed.file is not None:
         raise AgwmError("--split and --file exclude each other: score a split of the run's task, or a file")
-    from agwm_jax.runs.evaluate import evaluate_run
+    from agwm_jax.runs.finished import evaluate
 
-    print("\n".join(_table(evaluate_run(parsed.run, parsed.split, parsed.file, model=parsed.model))))
+    print("\n".join(_table(evaluate(parsed.run, parsed.split, parsed.file, model=parsed.model))))
     return OK
 
 
 def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.runs.evaluate import predict_run
+    from agwm_jax.runs.finished import predict_file
 
-    count = predict_run(parsed.run, parsed.input, parsed.output, model=parsed.model)
+    count = predict_file(parsed.run, parsed.input, parsed.output, model=parsed.model)
     print(f"{count} predictions: {parsed.output}")
     return OK
 
@@ -220,15 +223,15 @@ def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
 def _report(parsed: argparse.Namespace, _: list[str]) -> int:
     from agwm_jax.report import write_report
 
-    report = write_report(parsed.runs, parsed.output)
+    report = write_report(parsed.runs, parsed.output, baseline=parsed.baseline)
     print(f"{report.markdown}\nreport: {report.files[0]}")
     return OK
 
 
 def _export(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.runs.evaluate import export_run
+    from agwm_jax.runs.finished import export
 
-    deviation = export_run(parsed.run, parsed.folder, model=parsed.model)
+    deviation = export(parsed.run, parsed.folder, model=parsed.model)
     print(f"exported: {parsed.folder}")
     if deviation is not None:
         warnings.warn(f"transformers will not give the same logits: {deviation}", stacklevel=1)

@@ -39,7 +39,7 @@ def library(monkeypatch):
         monkeypatch.setitem(sys.modules, path, stand_in)
 
     module("agwm_jax.runs.run", "train_seeds")
-    module("agwm_jax.runs.evaluate", "evaluate_run", "predict_run", "export_run")
+    module("agwm_jax.runs.finished", "evaluate", "predict_file", "export")
     module("agwm_jax.report", "write_report")
     return types.SimpleNamespace(calls=calls, answer=answer)
 
@@ -87,20 +87,20 @@ def test_a_negative_value_is_a_value(library, capsys):
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        (["eval", "r"], ("evaluate_run", Path("r"), None, None, None)),
-        (["eval", "r", "--split", "test"], ("evaluate_run", Path("r"), "test", None, None)),
-        (["eval", "r", "--file", "f.csv"], ("evaluate_run", Path("r"), None, Path("f.csv"), None)),
-        (["eval", "r", "--model", "m"], ("evaluate_run", Path("r"), None, None, "m")),
-        (["predict", "[r]*", "i{}", "o?"], ("predict_run", Path("[r]*"), Path("i{}"), Path("o?"), None)),
-        (["predict", "r", "i", "o", "--model", "m"], ("predict_run", Path("r"), Path("i"), Path("o"), "m")),
-        (["export", "r", "f"], ("export_run", Path("r"), Path("f"), None)),
-        (["export", "r", "f", "--model", "m"], ("export_run", Path("r"), Path("f"), "m")),
-        (["report", "r", "s"], ("write_report", [Path("r"), Path("s")], Path("report"))),
-        (["report", "r", "--output", "o"], ("write_report", [Path("r")], Path("o"))),
+        (["eval", "r"], ("evaluate", Path("r"), None, None, None)),
+        (["eval", "r", "--split", "test"], ("evaluate", Path("r"), "test", None, None)),
+        (["eval", "r", "--file", "f.csv"], ("evaluate", Path("r"), None, Path("f.csv"), None)),
+        (["eval", "r", "--model", "m"], ("evaluate", Path("r"), None, None, "m")),
+        (["predict", "[r]*", "i{}", "o?"], ("predict_file", Path("[r]*"), Path("i{}"), Path("o?"), None)),
+        (["predict", "r", "i", "o", "--model", "m"], ("predict_file", Path("r"), Path("i"), Path("o"), "m")),
+        (["export", "r", "f"], ("export", Path("r"), Path("f"), None)),
+        (["export", "r", "f", "--model", "m"], ("export", Path("r"), Path("f"), "m")),
+        (["report", "r", "s"], ("write_report", [Path("r"), Path("s")], Path("report"), "vanilla")),
+        (["report", "r", "--output", "o", "--baseline", "b"], ("write_report", [Path("r")], Path("o"), "b")),
     ],
 )
 def test_each_command_makes_its_call(library, arguments, call):
-    library.answer["evaluate_run"] = {"accuracy": 0.5}
+    library.answer["evaluate"] = {"accuracy": 0.5}
     library.answer["write_report"] = types.SimpleNamespace(markdown="", files=[Path("report/report.md")])
     assert main(arguments) == 0
     assert library.calls == [call]
@@ -113,7 +113,7 @@ def test_a_report_is_printed_with_its_place(library, capsys):
 
 
 def test_a_warning_is_one_sentence_without_a_place_in_the_code(library, capsys):
-    library.answer["export_run"] = "mean pooling"
+    library.answer["export"] = "mean pooling"
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(["export", "r", "f"]) == 0
@@ -121,7 +121,7 @@ def test_a_warning_is_one_sentence_without_a_place_in_the_code(library, capsys):
 
 
 def test_scores_are_a_table(library, capsys):
-    library.answer["evaluate_run"] = {"accuracy": 0.51234, "groups": {"reflexive": {"accuracy": 1.0, "n": 12}}}
+    library.answer["evaluate"] = {"accuracy": 0.51234, "groups": {"reflexive": {"accuracy": 1.0, "n": 12}}}
     main(["eval", "r"])
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["accuracy", "0.5123"],
@@ -279,8 +279,8 @@ def test_a_platform_that_is_not_there_is_named_with_those_that_are():
     program = (
         "import sys, types\n"
         "from agwm_jax.cli import main\n"
-        "def export_run(*arguments, **options):\n    import jax; jax.devices()\n"
-        "sys.modules['agwm_jax.runs.evaluate'] = types.SimpleNamespace(export_run=export_run)\n"
+        "def export(*arguments, **options):\n    import jax; jax.devices()\n"
+        "sys.modules['agwm_jax.runs.finished'] = types.SimpleNamespace(export=export)\n"
         "sys.exit(main(['export', 'r', 'f']))"
     )
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}

@@ -89,7 +89,10 @@ def time_side_by_side(
 
 
 def compile_table(
-    make: Callable[[int], Mapping[str, Program]], layers: Sequence[int], names: Sequence[str], say: Callable[[str], None]
+    make: Callable[[int], Mapping[str, Program]],
+    layers: Sequence[int],
+    names: Sequence[str],
+    say: Callable[[str], None],
 ) -> dict[str, dict[int, float]]:
     """Seconds of tracing and compiling every program at some numbers of layers; ``make(layers)`` gives the programs."""
     table: dict[str, dict[int, float]] = {name: {} for name in names}

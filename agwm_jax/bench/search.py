@@ -16,7 +16,7 @@ from agwm_jax.engine.lanes import compiler_options
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.runs.build import Built, build, build_optimizer
-from agwm_jax.runs.evaluate import columns_on_device
+from agwm_jax.runs.finished import columns_on_device
 from agwm_jax.settings.config import Config
 
 

@@ -210,7 +210,7 @@ def encode_draws(
     pool = tokens.pop("train")
     length = _length(pool.lengths, max_length=max_length, pad_to=pad_to)
     scored = [each.lengths for each in tokens.values()] + ([] if train_size is None else [pool.lengths])
-    scored_length = _length(np.concatenate(scored), max_length=max_length)
+    scored_length = _length(np.concatenate(scored), max_length=max_length) if scored else length
     shared = {name: _pad(each, scored_length) for name, each in tokens.items()}
     if train_size is None:
         shared["train"] = _pad(pool, length)

@@ -18,7 +18,7 @@ def as_task(data: Any) -> Task:
             they are floats, the task is a regression.
 
     Raises:
-        AgwmError: no training split, as many labels as texts are missing, or a text or label is unusable (with its row).
+        AgwmError: no training split, not one label for each text, or an unusable text or label (with its row).
     """
     if isinstance(data, Task):
         return data
@@ -50,7 +50,9 @@ def _table(name: str, split: Any) -> Table:
     if pair:
         odd = [row for row, text in enumerate(texts) if not isinstance(text, list | tuple) or len(text) != 2]
         if odd:
-            raise AgwmError(f"split {name}, row {odd[0] + 1}: {texts[odd[0]]!r} is no pair of texts, as the first row is.")
+            raise AgwmError(
+                f"split {name}, row {odd[0] + 1}: {texts[odd[0]]!r} is no pair of texts, as the first row is."
+            )
         columns |= {"text": [text[0] for text in texts], "text_pair": [text[1] for text in texts]}
     return Table(f"split {name}", "row", range(1, len(texts) + 1), columns, {})
 

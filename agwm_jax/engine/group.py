@@ -99,7 +99,9 @@ class Group:
         last = self.members[-1].data
         return {
             name: jax.ShapeDtypeStruct(
-                (self.first_rows[-1] + len(x), *x.shape[1:]), x.dtype, sharding=self.placement.replicated
+                (self.first_rows[-1] + len(x), *x.shape[1:]),
+                jax.dtypes.canonicalize_dtype(x.dtype),
+                sharding=self.placement.replicated,
             )
             for name, x in last.items()
         }

@@ -215,7 +215,7 @@ class _Fit:
         self, member: int, phase: str, infos: Sequence[Mapping[str, float]], chunk: _Chunk, *, is_finite: bool
     ) -> None:
         for i, info in enumerate(infos, start=chunk.first):
-            for name, value in info.items():
+            for name, value in sorted(info.items(), key=lambda item: item[0] != "loss"):  # the loss is named first
                 if name.endswith(("loss", "norm")) and not math.isfinite(value):
                     self._give_up(member, f"{phase}: {name} became {value} at step {i}")
         if not is_finite:

@@ -168,6 +168,7 @@ def place(tree, shardings):
 
     def one(x, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(x)
+        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(one, tree, shardings)

@@ -113,6 +113,11 @@ class Agwm(MethodSettings):
             check(self.estimator, inner_steps=self.search.inner_steps)
         return self
 
+    @property
+    def extra_passes(self) -> int:
+        """Those of one search."""
+        return self.search.epochs
+
     def build(self, setup: Setup) -> Method:
         """The method for one seed."""
         mixture = Mixture(self.mixup, setup)
@@ -133,9 +138,7 @@ class Agwm(MethodSettings):
             )
             for index, plan in enumerate(plans)
         )
-        finetune = training_phase(
-            setup, forward=lambda w0, variables, key: mixture.merge(w0, variables), keeps=(ALPHA,)
-        )
+        finetune = training_phase(setup, forward=mixture.forward, keeps=(ALPHA,))
         return Method(init, (searches, (finetune,)), mixture.merge, search_warnings)
 
 

@@ -100,7 +100,7 @@ class Method(NamedTuple):
         key = jax.random.key(0)
         initial = learnt = jax.eval_shape(self.init, pretrained, key)
         for phase in self.phases[:num_phases]:
-            context = Context(pretrained, initial, learnt)
+            context = Context(dict(pretrained), initial, learnt)
             learnt = jax.eval_shape(phase.finish, context, jax.eval_shape(phase.start, context, key))
         return learnt
 
@@ -140,6 +140,11 @@ class MethodSettings(Section):
     """The base of a method's settings; the file that holds them registers them in `METHODS`."""
 
     name: str
+
+    @property
+    def extra_passes(self) -> int:
+        """Passes over the training set beside those of `Finetune`."""
+        return 0
 
     def build(self, setup: Setup) -> Method:
         """The method for one seed.

@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 
 from agwm_jax.core.mixup import init_alpha, mix
 from agwm_jax.core.partition import Partition, partition
-from agwm_jax.core.types import Alpha, Params
+from agwm_jax.core.types import Alpha, LowRank, Params
 from agwm_jax.methods.interface import Setup, Variables
-from agwm_jax.methods.training import TASK
+from agwm_jax.methods.training import TASK, in_layers, replace_weights
+from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import matching, of_role
 from agwm_jax.section import Pattern, Section, refuse
 
@@ -58,6 +59,13 @@ class Mixture:
     def __init__(self, settings: Mixup, setup: Setup):
         """Raises AgwmError where `settings.mixed` does not fit the model."""
         self.settings, self.mixed, self._frozen = settings, settings.paths(setup), setup.frozen
+        self._weights = setup.model.weights
+
+        def mixture(pretrained: Array, task: Array, gate: LowRank | Array) -> Array:
+            parts = partition({"kernel": pretrained}, mixed=("kernel",))
+            return mix(parts, {"kernel": task}, {"kernel": gate}, complement=settings.complement)["kernel"]
+
+        self._mixture = mixture
 
     def partition(self, pretrained: Params) -> Partition:
         """Frozen, task and mixed weights."""
@@ -66,6 +74,13 @@ class Mixture:
     def init_alpha(self, key: Key[Array, ""], pretrained: Params) -> Alpha:
         """Gates near 1."""
         return init_alpha(key, self.partition(pretrained), rank=self.settings.rank, noise=self.settings.noise)
+
+    def forward(self, pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
+        """The same mixture for a training step, layer by layer within the model."""
+        del key
+        task, alpha = variables[TASK], variables[ALPHA]
+        operands = {path: (pretrained[path], task[path], alpha[path]) for path in self.mixed}
+        return {**replace_weights(pretrained, variables), **in_layers(self._weights, self._mixture, operands)}
 
     def merge(self, pretrained: Params, variables: Variables) -> Params:
         """`Method.merge`: the mixed weights."""

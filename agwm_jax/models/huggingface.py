@@ -92,8 +92,8 @@ def load_pretrained(
             carries) or a hub id, of which config, tokenizer and safetensors alone are downloaded.
         num_labels: size of the head, c; None takes it from `label_names`, else from the folder, which must then hold a
             head.
-        label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names (but
-            for upper and lower case); its classes are then put in this order. None, or one name: no names are compared.
+        label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names
+            (in any case); its classes are then put in this order. None, or one name: no names are compared.
         dtype: dtype of the computation; weights are float32, or float64 where this is.
         pooling: "cls" | "mean"; None is what the folder was saved with, "cls" where it does not say.
         dropout: all three dropout rates; None keeps config.json's.

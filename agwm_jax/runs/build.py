@@ -62,6 +62,17 @@ def recipe(config: Config) -> Recipe:
     return Recipe(config.method, config.finetune, config.data, config.model.frozen, config.task.train_size)
 
 
+def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared, ...]:
+    """What a config trains, by seed (None: `run.seed` alone).
+
+    Raises:
+        AgwmError: see `prepare`; the data or the model cannot be read.
+    """
+    task = config.task.load()
+    pretrained = read_model(config, task)
+    return prepare(task, pretrained, recipe(config), seeds=(config.run.seed,) if seeds is None else seeds)
+
+
 def read_model(config: Config, task: Task, path: str | None = None) -> Pretrained:
     """The pretrained model of a config with a head for the task; `path` stands in for the configured checkpoint."""
     options = config.model.model_dump(exclude={"path", "frozen", "dtype", "unroll_layers"})

@@ -82,4 +82,3 @@ def _train(arguments: Sequence[str]) -> int:
         return child.wait()
     finally:
         signal.signal(signal.SIGINT, before)
-

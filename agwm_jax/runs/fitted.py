@@ -67,9 +67,7 @@ class FittedModel(NamedTuple):
 
     def encode(self, split: "datasets.Dataset", what: str) -> Encoded:
         """Texts as token ids; a warning says how many of `what` were cut."""
-        encoded, report = encode(
-            split, self.pretrained.tokenizer, max_length=self.data.max_length, kind=self.task.kind
-        )
+        encoded, report = encode(split, self.pretrained.tokenizer, max_length=self.data.max_length, kind=self.task.kind)
         sentence = report.warning(what)
         if sentence is not None:
             warnings.warn(sentence, stacklevel=3)
@@ -98,9 +96,7 @@ class FittedModel(NamedTuple):
         """The task's metrics on a labelled split."""
         return metrics.compute(self.task.metrics, logits, np.asarray(split["label"]))
 
-    def group_scores(
-        self, split: "datasets.Dataset", logits: Float[np.ndarray, "n c"]
-    ) -> dict[str, dict[str, float]]:
+    def group_scores(self, split: "datasets.Dataset", logits: Float[np.ndarray, "n c"]) -> dict[str, dict[str, float]]:
         """Accuracy (of a regression the main metric) and ``n`` for every group of a split; empty without groups."""
         if "group" not in split.column_names:
             return {}

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from agwm_jax.data.tasks import Task
-from agwm_jax.runs.fit import Result
+from agwm_jax.runs.fitting import Result
 from agwm_jax.settings.schema import Config
 
 _PACKAGES = ("agwm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")

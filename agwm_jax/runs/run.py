@@ -17,13 +17,14 @@ from agwm_jax.engine.checkpoint import Checkpoints
 from agwm_jax.engine.group import Layout
 from agwm_jax.engine.lanes import Programs
 from agwm_jax.engine.loop import Interrupted, fit
+from agwm_jax.engine.memory import choose
 from agwm_jax.engine.sharding import SEED, check_model, gather_to_main, make_placement
 from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.methods.interface import Variables
 from agwm_jax.runs import folder as run_folder
-from agwm_jax.runs.build import Prepared, prepare, read_model, recipe
-from agwm_jax.runs.evaluate import export_run
-from agwm_jax.runs.fit import Merge, conclude, merger
+from agwm_jax.runs.build import Prepared, build
+from agwm_jax.runs.finished import export
+from agwm_jax.runs.fitting import Merge, conclude, merger
 from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
 from agwm_jax.runs.recorder import Recorder, Told
 from agwm_jax.runs.result import describe
@@ -94,15 +95,15 @@ def _refuse_changed_data(folder: Path, data: Mapping[str, str]) -> None:
     changed = [path for path, digest in ((result or {}).get("data") or {}).items() if data.get(path) != digest]
     if changed:
         raise AgwmError(
-            f"{folder} is finished, and {', '.join(changed)} changed since: its result is of the data as they were. To "
-            "train on what is there now, choose another --run.output or remove that folder; to keep the result, restore "
-            "the data."
+            f"{folder} is finished, and {', '.join(changed)} changed since: its result is of the data as they were. "
+            "To train on what is there now, choose another --run.output or remove that folder; to keep the result, "
+            "restore the data."
         )
 
 
 def _export(folders: Sequence[Path]) -> None:
     for folder in folders:
-        deviation = export_run(folder, folder / "export")
+        deviation = export(folder, folder / "export")
         if deviation is not None:
             warnings.warn(f"exported, but transformers will not give the same logits: {deviation}", stacklevel=3)
 
@@ -137,12 +138,9 @@ class _Training:
         )
         began = time.perf_counter()
         with _on_the_host():
-            task = config.task.load()
-            pretrained = read_model(config, task)
-            seeds = [one.run.seed for one in configs]
-            prepared = prepare(task, pretrained, recipe(config), seeds=seeds)
-        self.weights = pretrained.model.weights
-        shapes = {path: x.shape for path, x in pretrained.params.items()}
+            prepared = build(config, [one.run.seed for one in configs])
+        self.weights = prepared[0].pretrained.model.weights
+        shapes = {path: x.shape for path, x in prepared[0].pretrained.params.items()}
         check_model(self.placement, self.weights, shapes, batch_size=config.data.batch_size)
         self.seeds = {one.run.seed: _Seed(one, own) for one, own in zip(configs, prepared, strict=True)}
         self.prepare_seconds = time.perf_counter() - began
@@ -152,12 +150,21 @@ class _Training:
     def run(self) -> dict[int, str]:
         """What happened to the seeds that diverged."""
         output, folders = Path(self.config.run.output), {number: seed.folder for number, seed in self.seeds.items()}
-        at_once, together = self._side_by_side()
+        choice = choose(
+            [seed.prepared.member for seed in self.seeds.values()],
+            weights=self.weights,
+            placement=self.placement,
+            vectorize=self.config.run.vectorize,
+            chunk_steps=self.config.run.chunk_steps,
+            programs=self.programs,
+        )
+        if choice.advice is not None:
+            warnings.warn(choice.advice, stacklevel=4)
         groups = plan_groups(
             output,
             folders,
             finished=[number for number, seed in self.seeds.items() if seed.is_finished],
-            at_once=at_once,
+            at_once=choice.num_members,
             mesh_seed=self.placement.mesh.shape[SEED],
         )
         self.prepare_seconds /= sum(map(len, groups))
@@ -165,14 +172,10 @@ class _Training:
         for group in groups:
             where = checkpoint_folder(output, folders, group)
             try:
-                diverged |= self._group([self.seeds[number] for number in group], where, together)
+                diverged |= self._group([self.seeds[number] for number in group], where, choice.together)
             except Diverged as error:
                 diverged |= dict.fromkeys(group, str(error))
         return diverged
-
-    def _side_by_side(self) -> tuple[int, bool]:
-        """How many seeds go at once, and whether the phases of a stage do."""
-        raise NotImplementedError
 
     def _group(self, group: Sequence[_Seed], where: Path, together: bool) -> dict[int, str]:
         """Train seeds side by side, their checkpoints in `where`, and write what outlives them."""
@@ -193,9 +196,7 @@ class _Training:
             names = [f"seed {seed.config.run.seed}" if len(group) > 1 else "" for seed in group]
             told = [Told(seed.folder, name, seed.prepared.method) for seed, name in zip(group, names, strict=True)]
             recorder = stack.enter_context(
-                Recorder(
-                    told, tensorboard=config.run.tensorboard, progress=self.progress, active=processes.is_main()
-                )
+                Recorder(told, tensorboard=config.run.tensorboard, progress=self.progress, active=processes.is_main())
             )
             outcome = fit(
                 members,
@@ -240,9 +241,7 @@ class _Training:
         weights = list(self.weights)
         save_variables(seed.folder, host, origin, weights=weights, task=config.run.save_weights)
         result = describe(config, found, train_size=prepared.train_size, data=self.data)
-        run_folder.write_result(
-            seed.folder, {**result, "mesh": self.placement.describe(), "side_by_side": beside}
-        )
+        run_folder.write_result(seed.folder, {**result, "mesh": self.placement.describe(), "side_by_side": beside})
 
 
 def _on_the_host() -> contextlib.AbstractContextManager:

@@ -99,7 +99,9 @@ def load_variables(folder: Path, shapes: Variables, origin: Origin) -> Variables
 def _check_origin(folder: Path, metadata: Mapping[str, str], origin: Origin) -> None:
     path = folder / FILE
     if metadata.get("format") != FORMAT:
-        raise AgwmError(f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}: it is not of this library.")
+        raise AgwmError(
+            f"{path} has format {metadata.get('format')!r}, expected {FORMAT!r}: it is not of this library."
+        )
     if not json.loads(metadata["complete"]):
         raise AgwmError(f"{folder} has no trained weights: the run was made with run.save_weights false.")
     method = json.loads(metadata["method"])

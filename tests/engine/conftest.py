@@ -2,7 +2,15 @@
 
 import pytest
 
+from agwm_jax.engine import lanes
+
+QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(quick_compilation):
-    """For what runs in this process."""
+    """Half of the time to compile, for what runs in this process."""
+    usual = lanes.compiler_options()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "compiler_options", lambda: {**usual, **QUICKLY})
+        yield

@@ -2,18 +2,35 @@
 
 import os
 import signal
+import zlib
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from agwm_jax.engine.batches import step_batches, stream
 from agwm_jax.engine.checkpoint import Checkpoints
+from agwm_jax.engine.group import Group
 from agwm_jax.engine.lanes import Programs
 from agwm_jax.engine.loop import Interrupted
 from agwm_jax.engine.observer import InMemory
 from agwm_jax.errors import AgwmError, Diverged
-from tests.engine.methods import EXAMPLES, HEAD, UP, build_members, layout, mixed, plain, pretrained, train
+from tests.engine.methods import (
+    EXAMPLES,
+    HEAD,
+    UP,
+    WEIGHTS,
+    build_members,
+    layout,
+    loss,
+    mixed,
+    plain,
+    pretrained,
+    train,
+)
 
 SEEDS = (3, 5)
 
@@ -62,6 +79,22 @@ def test_what_is_learnt_differs_by_seed_phase_and_start(alone):
     assert len(searches[0]) == 2, "the monitor looks once a chunk"
     assert abs(searches[0][0] - searches[1][0]) > 1e-3, "each search starts at a gate of its own"
     assert np.abs(np.asarray(alone[0][0]["task"][UP]) - pretrained()[UP]).max() > 1e-2
+
+
+def test_it_is_the_loop_that_one_would_write_by_hand():
+    """Gradient descent from the pretrained weights, with the random streams of version 0.3."""
+    (member,) = build_members(lambda seed: plain(seed, tx=optax.sgd(0.05)), [4])
+    _, observer = train([member])
+    params, (phase,) = dict(member.pretrained), member.method.phases
+    key = jax.random.fold_in(member.key, zlib.crc32(b"finetune"))
+    for step, rows in enumerate(phase.plan["train"]):
+        batch = {name: column[np.maximum(rows, 0)] for name, column in member.data.items()}
+        (own,) = jax.random.split(jax.random.fold_in(key, step), 1)
+        value, grads = jax.value_and_grad(loss)(params, {**batch, "weight": jnp.float32(rows >= 0), "key": own})
+        assert observer.records[0][step]["loss"] == pytest.approx(float(value), rel=1e-5)
+        params = jax.tree.map(lambda w, g: w - 0.05 * g, params, grads)
+    assert observer.records[0][0]["global_step"] == 0
+    assert len(observer.records[0]) == len(phase.plan["train"])
 
 
 @pytest.mark.parametrize(
@@ -156,27 +189,20 @@ def test_a_seed_that_diverges_is_given_up_and_stays_so_and_the_other_goes_on(mem
 def test_a_bad_state_does_not_replace_a_good_checkpoint(tmp_path):
     """The learning rate of the second phase is too high: the end of the first is what is kept."""
     (member,) = build_members(plain, [0])
-    good, bad = member.method.phases[0], plain(0, tx=_exploding()).phases[0]._replace(name="second")
+    good, bad = member.method.phases[0], plain(0, tx=optax.sgd(float("inf"))).phases[0]._replace(name="second")
     member = member._replace(method=member.method._replace(stages=((good,), (bad,))))
     checkpoints = Checkpoints(tmp_path, keep=1, fingerprint="toy")
     observer = InMemory(1)
-    with pytest.raises(Diverged, match=r"second: .*\(the checkpoint of step 6 is kept\)"):
+    with pytest.raises(
+        Diverged, match=r"second: a weight is not finite after step 0; .*\(the checkpoint of step 6 is kept\)"
+    ):
         train([member], observer=observer, checkpoints=checkpoints, checkpoint_minutes=1e-9, chunk_steps=1)
     assert checkpoints.position().stage == 0
     assert len([r for r in observer.records[0] if r["phase"] == "second"]) <= 2, "noticed at most one chunk later"
     checkpoints.close()
 
 
-def _exploding():
-    import optax
-
-    return optax.sgd(1e30)
-
-
 def test_the_training_set_lies_on_the_devices_once_where_it_is_one(members):
-    from agwm_jax.engine.group import Group
-    from tests.engine.methods import WEIGHTS
-
     same = [members[0], members[1]._replace(data=members[0].data)]
     for own, first in ((same, (0, 0)), (members, (0, EXAMPLES))):
         group = Group(own, layout(), WEIGHTS)
@@ -189,16 +215,12 @@ def test_the_training_set_lies_on_the_devices_once_where_it_is_one(members):
 
 def test_batches_are_drawn_as_in_version_0_3(members):
     """The dropout keys of a step: a member's key, folded with the phase's name and the step, split over the batches."""
-    import zlib
-
-    from agwm_jax.engine.batches import step_batches, stream
-
     key = jax.random.key(7)
     phase = jax.random.fold_in(key, zlib.crc32(b"search-0"))
     assert stream(key, "search-0") == phase
     own = jax.random.fold_in(phase, 5)
-    rows = np.zeros((6, 4), np.int32)
-    batches = step_batches(jax.tree.map(jax.numpy.asarray, members[0].data), {"b": rows, "a": rows}, own, 5)
+    rows = jnp.zeros((6, 4), jnp.int32)
+    batches = step_batches(jax.tree.map(jnp.asarray, members[0].data), {"b": rows, "a": rows}, own, 5)
     assert [batches[name]["key"] for name in ("a", "b")] == list(jax.random.split(own, 2))
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from agwm_jax.core.types import Params
 from agwm_jax.data.in_memory import as_task
@@ -17,6 +16,7 @@ from agwm_jax.engine.observer import InMemory
 from agwm_jax.engine.sharding import Placement, make_placement, place
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import MethodSettings, Variables
+from agwm_jax.models.family import output_paths
 from agwm_jax.models.huggingface import Pretrained
 from agwm_jax.runs.build import Prepared, prepare, recipe, truncations
 from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
@@ -93,10 +93,11 @@ def fit(
     config = parse_config({name: section for name, section in sections.items() if section is not None})
     whole = as_task(task)
     wanted = max(1, len(whole.label_names))
-    if model.num_labels != wanted:
+    outputs = model.params[output_paths(model.model.weights)[-1]].shape[-1]
+    if outputs != wanted:
         raise AgwmError(
-            f"the model's head has {model.num_labels} outputs, the task needs {wanted}: "
-            f"load_pretrained(..., num_labels={wanted})."
+            f"the model's head has {outputs} outputs, the task needs {wanted}: say load_pretrained(..., "
+            f"num_labels={wanted})."
         )
     how = recipe(config)._replace(frozen=frozen, train_size=None)
     (prepared,) = prepare(whole, model, how, seeds=(seed,))
@@ -117,7 +118,7 @@ def fit(
 
 
 def merger(example: Prepared, learnt: Variables, placement: Placement) -> Merge:
-    """`Method.merge` on the devices, compiled once for seeds that are alike; what it does not read stays on the host."""
+    """`Method.merge` on the devices, compiled once for seeds that are alike; what it does not read stays away."""
     merge, weights = example.method.merge, example.pretrained.model.weights
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in example.pretrained.params.items()}
     found = dependence(merge, shapes, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), learnt))

@@ -47,7 +47,9 @@ def load_run(folder: Path, *, model: str | None = None) -> Run:
     try:
         pretrained = read_model(config, task, path=model)
     except AgwmError as error:
-        moved = "" if model is not None else "; if the model has moved, say --model PATH with the place where it lies now"
+        moved = (
+            "" if model is not None else "; if the model has moved, say --model PATH with the place where it lies now"
+        )
         raise AgwmError(f"the pretrained model of {folder} cannot be read: {str(error).rstrip('.')}{moved}.") from error
     how = recipe(config)
     check_length(pretrained, how.data)
@@ -60,7 +62,7 @@ def load_run(folder: Path, *, model: str | None = None) -> Run:
     return Run(config, result, FittedModel(task, own, params, scale, how.data))
 
 
-def evaluate_run(
+def evaluate(
     folder: Path, split: str | None = None, file: Path | None = None, *, model: str | None = None
 ) -> dict[str, Any]:
     """Score a finished run on a split of its task, or on a labelled file with the same columns.
@@ -81,8 +83,9 @@ def evaluate_run(
     task = run.model.task
     if file is not None:
         texts, label = run.config.task.columns()
-        name, rows = file.name, read_labelled(
-            file, task, text_columns=texts, label_column=label, separator=run.config.task.separator
+        name, rows = (
+            file.name,
+            read_labelled(file, task, text_columns=texts, label_column=label, separator=run.config.task.separator),
         )
     else:
         name = split or task.report_split
@@ -101,7 +104,7 @@ def predict(folder: Path, texts: Texts, *, model: str | None = None) -> Predicti
     return load_run(Path(folder), model=model).model.predict(texts)
 
 
-def predict_run(folder: Path, input_file: Path, output_file: Path, *, model: str | None = None) -> int:
+def predict_file(folder: Path, input_file: Path, output_file: Path, *, model: str | None = None) -> int:
     """Label the texts of a file: its columns, then the prediction and, for classes, their probabilities.
 
     Returns:
@@ -127,7 +130,7 @@ def predict_run(folder: Path, input_file: Path, output_file: Path, *, model: str
     return len(found.labels)
 
 
-def export_run(run: Path, folder: Path, *, model: str | None = None) -> str | None:
+def export(run: Path, folder: Path, *, model: str | None = None) -> str | None:
     """Write the merged model as a Hugging Face folder.
 
     Returns:
