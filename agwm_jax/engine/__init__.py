@@ -1,1 +1,1 @@
-"""Running a configuration: the training loop, checkpoints, run folders, evaluation."""
+"""How the phases of any method run on any model over any mesh: compile, lanes, chunks, save, resume."""

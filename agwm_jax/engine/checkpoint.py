@@ -1,12 +1,17 @@
-"""Checkpoints of a run in progress, written with Orbax and verified before they are trusted."""
+"""Checkpoints of a run in progress: written with Orbax beside the training, verified before they are trusted."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
 from agwm_jax.engine import processes
@@ -16,70 +21,104 @@ log = logging.getLogger(__name__)
 
 
 class Position(NamedTuple):
-    """Where a run stands; with the seed it determines the data order and every random number still to come."""
+    """Where a group stands; with the seeds it determines the data order and every random number still to come."""
 
-    round: int
+    stage: int
     step: int
     seconds: dict[str, float]
-    """Spent so far, by phase."""
+    """Spent so far, by stage."""
     seeds: list[int]
-    """Of the runs that go side by side."""
+    """Of the members."""
     together: bool
-    """Whether the searches on different splits do."""
+    """See `Layout.together`."""
     diverged: dict[str, str]
-    """What happened to each that was given up, by its place among the seeds (a string, as JSON has it)."""
+    """What happened to each member that was given up, by its place (a string, as JSON has it)."""
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, newest last.
+    """The checkpoints of one group, a folder and a record each; one without its record was cut short.
 
-    Orbax notices a torn file but not a flipped bit (orbax-checkpoint 0.12 restored a damaged array without a word), so
-    a digest of every file is kept beside the step and compared before restoring.
+    The record is written last: the position, and a digest of every file, for Orbax notices a torn file but not a
+    flipped bit (orbax-checkpoint 0.12 restored a damaged array without a word). Older ones are removed after that, so a
+    crash at any moment leaves one that is whole.
+
+    Args:
+        folder: where they lie.
+        keep: how many, the newest.
+        fingerprint: names the data and the model that positions refer to.
     """
 
     def __init__(self, folder: Path, *, keep: int, fingerprint: str):
-        """Open `folder`; `keep` newest are retained; `fingerprint` names the data that the positions refer to."""
-        self._folder = folder.absolute()
-        self._fingerprint = fingerprint
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        """Open `folder`, which is made where it is not there."""
+        self._folder, self._keep, self._fingerprint = folder.absolute(), keep, fingerprint
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._open = contextlib.ExitStack()
+        self._arrays = self._open.enter_context(contextlib.closing(ocp.StandardCheckpointer()))
+        self._plain = self._open.enter_context(_plainly_named(self._folder))
+        self._writing: threading.Thread | None = None
+        self._failure: Exception | None = None
 
-    def save(self, global_step: int, position: Position, state: Any) -> None:
-        """Write `state` (a pytree of arrays) as the checkpoint of `global_step`.
+    def save(self, step: int, position: Position, state: Any) -> None:
+        """Begin to write `state` (a pytree of arrays) as the checkpoint of a step; its arrays may change at once.
+
+        Waits for the one before, if that is still being written.
 
         Raises:
-            AgwmError: the disk is full or cannot be written; earlier checkpoints stay.
+            AgwmError: the disk is full or cannot be written, now or for the one before; earlier checkpoints stay.
         """
-        if global_step in self._manager.all_steps():
+        self.wait()
+        if processes.any_of(step in self._steps()):
             return
-        content = {"fingerprint": self._fingerprint, **position._asdict()}
         try:
-            self._manager.save(
-                global_step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(content)),
-            )
-            if processes.is_main():
-                self._digests(global_step).write_text(json.dumps(self._digest(global_step)))
+            self._arrays.save(self._plain / str(step), state, force=True)
         except Exception as error:  # Orbax and TensorStore raise what they like for a failed write
-            raise processes.lost(error) or AgwmError(
-                f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
-                "free disk space or choose another --run.output, then run the same command to continue."
-            ) from error
-        if processes.is_main():
-            for stale in self._folder.glob("*.sha256.json"):
-                if int(stale.name.split(".")[0]) not in self._manager.all_steps():
-                    stale.unlink()
+            raise self._not_written(error) from error
+        content = {"fingerprint": self._fingerprint, **position._asdict()}
+        self._writing = threading.Thread(target=self._complete, args=(step, content), name="checkpoint")
+        self._writing.start()
 
-    def restore(self, template, expected: Position) -> tuple[Position, Any] | None:
+    def _complete(self, step: int, content: dict[str, Any]) -> None:
+        """Wait for the arrays, write the record, remove what is older than `keep`."""
+        try:
+            self._arrays.wait_until_finished()
+            if processes.is_main():
+                record = self._record(step).with_suffix(".part")
+                record.write_text(json.dumps({**content, "digests": self._digest(step)}))
+                record.replace(self._record(step))
+                for stale in self._steps()[: -self._keep]:
+                    self._remove(stale)
+        except Exception as error:  # told by `wait`, in the thread that asks
+            self._failure = error
+
+    def wait(self) -> None:
+        """Until what is being written is whole.
+
+        Raises:
+            AgwmError: it could not be written; earlier checkpoints stay.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise self._not_written(failure) from failure
+
+    def _not_written(self, error: Exception) -> AgwmError:
+        return processes.lost(error) or AgwmError(
+            f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
+            "free disk space or choose another --run.output, then run the same command to continue."
+        )
+
+    def restore(self, template: Callable[[Position], Any], expected: Position) -> tuple[Position, Any] | None:
         """The newest checkpoint that is whole, or None; damaged ones are removed.
 
         Args:
             template: ``template(position) -> pytree of ShapeDtypeStruct`` with shardings, as `state` was when saved
                 there; the mesh may be another one.
-            expected: names the seeds, and whether splits go side by side.
+            expected: names the seeds, and whether phases of a stage go side by side.
 
         Raises:
-            AgwmError: the checkpoint belongs to other data, to other seeds or splits, or is whole but cannot be read;
+            AgwmError: the checkpoint belongs to other data, to other seeds or phases, or is whole but cannot be read;
                 nothing is removed then.
         """
         newest = self._newest()
@@ -97,8 +136,12 @@ class Checkpoints:
                 f"the checkpoints in {self._folder} were made with other training data or another pretrained model: "
                 "one of them changed since; restore it, or choose another --run.output to start anew."
             )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template(position)))
-        return position, self._read(step, args)["state"]
+        try:
+            return position, self._arrays.restore(self._plain / str(step), template(position))
+        except AgwmError:
+            raise
+        except Exception as error:  # Orbax raises what it likes
+            raise processes.lost(error) or self._unreadable(step, error) from error
 
     def position(self) -> Position | None:
         """Of the newest checkpoint that is whole, or None; damaged ones are removed."""
@@ -106,12 +149,14 @@ class Checkpoints:
         return None if newest is None else newest[2]
 
     def _newest(self) -> tuple[int, str, Position] | None:
-        """Global step, fingerprint and position of the newest that is whole."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        """Step, fingerprint and position of the newest that is whole."""
+        self.wait()
+        for step in reversed(self._steps()):
             # All processes look before one of them removes anything.
             if not processes.any_of(not self._is_whole(step)):
-                content = dict(self._read(step, ocp.args.Composite(position=ocp.args.JsonRestore()))["position"])
+                content = json.loads(self._record(step).read_text())
                 fingerprint = content.pop("fingerprint")
+                del content["digests"]
                 try:
                     return step, fingerprint, Position(**content)
                 except TypeError as error:
@@ -121,14 +166,9 @@ class Checkpoints:
                 "the one before, or to the start where there is none.",
                 self._folder / str(step),
             )
-            self._manager.delete(step)
+            if processes.is_main():
+                self._remove(step)
         return None
-
-    def _read(self, step: int, args: Any) -> Any:
-        try:
-            return self._manager.restore(step, args=args)
-        except Exception as error:  # Orbax raises what it likes
-            raise processes.lost(error) or self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> AgwmError:
         return AgwmError(
@@ -138,28 +178,40 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Global step of the newest checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest checkpoint."""
+        self.wait()
+        return max(self._steps(), default=None)
 
     def delete(self) -> None:
-        """Remove all checkpoints: the run is finished."""
-        for step in self._manager.all_steps():
-            self._manager.delete(step)
-            if processes.is_main():
-                self._digests(step).unlink(missing_ok=True)
+        """Remove all checkpoints: the group is finished."""
+        self.wait()
+        if processes.is_main():
+            for step in self._steps():
+                self._remove(step)
 
     def close(self) -> None:
-        """Release the folder."""
-        self._manager.close()
+        """Release the folder, after what is being written."""
+        try:
+            self.wait()
+        finally:
+            self._open.close()
+
+    def _steps(self) -> list[int]:
+        """Of all that have a record, in order."""
+        return sorted(int(path.name.split(".")[0]) for path in self._folder.iterdir() if path.name.endswith(_RECORD))
+
+    def _record(self, step: int) -> Path:
+        return self._folder / f"{step}{_RECORD}"
+
+    def _remove(self, step: int) -> None:
+        self._record(step).unlink(missing_ok=True)
+        shutil.rmtree(self._folder / str(step), ignore_errors=True)
 
     def _is_whole(self, step: int) -> bool:
         try:
-            return json.loads(self._digests(step).read_text()) == self._digest(step)
-        except (FileNotFoundError, ValueError):
+            return json.loads(self._record(step).read_text())["digests"] == self._digest(step)
+        except (FileNotFoundError, ValueError, KeyError):
             return False
-
-    def _digests(self, step: int) -> Path:
-        return self._folder / f"{step}.sha256.json"
 
     def _digest(self, step: int) -> dict[str, str]:
         root = self._folder / str(step)
@@ -170,9 +222,19 @@ class Checkpoints:
         return digests
 
 
-def abstract(tree, shardings):
-    """Shapes, dtypes and placement of a pytree: what Orbax needs to restore it, on whatever mesh it was saved."""
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+_RECORD = ".checkpoint.json"
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: Path):
+    """A way to a folder without the signs that Orbax takes for a pattern when it looks for its own files there."""
+    if not set("[]?*{}").intersection(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="agwm-") as name:
+        link = Path(name) / "checkpoints"
+        os.symlink(folder, link, target_is_directory=True)
+        yield link
 
 
 def _lanes(position: Position) -> str:

@@ -1,213 +1,130 @@
-"""Runs side by side: what several seeds share lies on the devices once, and one program takes a step of all."""
+"""Lanes: the phases of one stage, of all members of a group, as one compiled program."""
 
-import functools
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from agwm_jax.core.types import Params
-from agwm_jax.engine.batches import gather
-from agwm_jax.engine.sharding import SEED, Placement, place
-from agwm_jax.methods.interface import Method, Phase, Weights
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-class Member(NamedTuple):
-    """One seed of a run, as it lies on the host."""
-
-    seed: int
-    method: Method
-    frozen: Params
-    initial: Weights
-    data: dict[str, np.ndarray]
-    """Columns of its training set."""
-    key: Array
+from agwm_jax.engine import needs
+from agwm_jax.engine.batches import step_batches, stream
+from agwm_jax.engine.group import Group, Held, Layout, each_lane, pick
+from agwm_jax.engine.needs import Needs, fill, finish_all, stage_name, unread
+from agwm_jax.engine.sharding import place
+from agwm_jax.methods.interface import Context, Phase, State
 
 
-class Stacked(NamedTuple):
-    """One tree for several lanes: leaves that all share as they are, the others with a leading axis of lanes."""
+class Program(NamedTuple):
+    """The compiled loop over the steps of a chunk."""
 
-    tree: Any
-    lanes: Any
-    """True where a leaf has that axis."""
+    advance: Callable[..., tuple[State, dict[str, Array], dict[str, Any]]]
+    """``advance(state, held, data, plan, keys, start, stop)``: the state, infos ``[chunk_steps, lanes]``, and of the
+    state at the end ``{"monitor": {name: [lanes]}, "finite": [lanes]}``."""
+    num_bytes: int
+    """What one device holds while it runs: arguments, results and temporaries, as the compiler counts them."""
+    seconds: float
+    """Spent compiling it."""
+
+
+class Programs:
+    """What has been traced and compiled for runs that differ in their seeds only: groups of one size share it."""
+
+    def __init__(self):
+        """Nothing yet."""
+        self.needs: dict[Layout, Needs] = {}
+        self.compiled: dict[Any, Program] = {}
+
+
+class Lanes:
+    """The lanes of one stage; that of a member's phase is ``member * len(stage) + phase``.
+
+    Args:
+        group: the members.
+        number: of the stage.
+    """
+
+    def __init__(self, group: Group, number: int):
+        """Lay out the lanes; nothing is computed yet."""
+        self.stage, self.needs, self._group, self._number = (
+            group.stages[number],
+            group.needs.stages[number],
+            group,
+            number,
+        )
+        self._count = len(group.members) * len(self.stage)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self._count, *x.shape), x.dtype), self.needs.state)
+        self.state = group.abstract(shapes)
+        """Shapes and places of the state of all lanes."""
 
     @property
-    def axes(self) -> Any:
-        """As `jax.vmap` takes them."""
-        return jax.tree.map(lambda lane: 0 if lane else None, self.lanes)
-
-
-def stack(trees: Sequence[Any]) -> Stacked:
-    """Trees of one structure, one a lane; a leaf is shared where it is the same array in all of them."""
-    lanes = jax.tree.map(lambda *xs: any(x is not xs[0] for x in xs), *trees)
-
-    def one(lane: bool, *xs):
-        return np.stack([np.asarray(x) for x in xs]) if lane else xs[0]
-
-    return Stacked(jax.tree.map(one, lanes, *trees), lanes)
-
-
-def own_axis(tree) -> Stacked:
-    """A tree whose leaves all have the axis of lanes."""
-    return Stacked(tree, jax.tree.map(lambda _: True, tree))
-
-
-class Table(NamedTuple):
-    """The training sets of all members, one below the other where they differ."""
-
-    columns: dict[str, np.ndarray]
-    first: tuple[int, ...]
-    """Row of each member's first example."""
-
-
-def table(members: Sequence[Member]) -> Table:
-    """The table that the rows of plans refer to, once they are moved by `first`."""
-    columns = members[0].data
-    if all(member.data[name] is column for member in members for name, column in columns.items()):
-        return Table(columns, (0,) * len(members))
-    lengths = [len(member.data["labels"]) for member in members]
-    joined = {name: np.concatenate([member.data[name] for member in members]) for name in columns}
-    return Table(joined, tuple(np.cumsum([0, *lengths[:-1]]).tolist()))
-
-
-class Round(NamedTuple):
-    """Phases of one stage that run at once, for all members; their lane is ``member * len(phases) + phase``."""
-
-    numbers: tuple[int, ...]
-    """Places of the phases in the method."""
-    phases: tuple[Phase, ...]
-    """Of the first member, whose functions serve all; only plans differ."""
+    def name(self) -> str:
+        """Of the stage."""
+        return stage_name(self.stage)
 
     @property
     def num_steps(self) -> int:
         """Steps of each of its phases."""
-        return self.phases[0].num_steps
+        return self.stage[0].num_steps
 
-    @property
-    def name(self) -> str:
-        """Such as ``finetune`` or ``search-0..4``."""
-        first, last = self.phases[0].name, self.phases[-1].name
-        return first if len(self.phases) == 1 else f"{first}..{last.rsplit('-')[-1]}"
+    def member_and_phase(self, lane: int) -> tuple[int, Phase]:
+        """Whose lane it is, and which phase runs in it."""
+        member, number = divmod(lane, len(self.stage))
+        return member, self.stage[number]
 
-
-def rounds(method: Method, *, together: bool) -> tuple[Round, ...]:
-    """A method's phases in the order that they run; with `together` those of a stage at once."""
-    found: list[Round] = []
-    number = 0
-    for stage in method.stages:
-        numbered = tuple(zip(range(number, number + len(stage)), stage, strict=True))
-        for group in [numbered] if together else [(one,) for one in numbered]:
-            found.append(Round(tuple(n for n, _ in group), tuple(phase for _, phase in group)))
-        number += len(stage)
-    return tuple(found)
-
-
-def _plans(members: Sequence[Member], round_: Round, first: Sequence[int]) -> dict[str, Int[np.ndarray, "lanes _ ..."]]:
-    """Rows of the table for every lane and step."""
-
-    def moved(rows, by: int) -> np.ndarray:
-        rows = np.asarray(rows)
-        return np.where(rows >= 0, rows + by, rows).astype(np.int32)
-
-    def stacked(name: str) -> np.ndarray:
-        numbered = [(m.method.phases[n].plan[name], by) for m, by in zip(members, first, strict=True) for n in numbers]
-        return np.stack([moved(rows, by) for rows, by in numbered])
-
-    numbers = round_.numbers
-    return {name: stacked(name) for name in round_.phases[0].plan}
-
-
-class Group(NamedTuple):
-    """All members on the devices, with what no round changes."""
-
-    members: Sequence[Member]
-    placement: Placement
-    weights: Shapes
-    frozen: Stacked
-    initial: Stacked
-    data: dict[str, Array]
-    first: tuple[int, ...]
-    """See `Table`."""
-
-
-def on_devices(members: Sequence[Member], placement: Placement) -> Group:
-    """Weights and training sets of all members, placed once."""
-    example = members[0]
-    weights = {path: x.shape for path, x in (*example.frozen.items(), *example.initial.task.items())}
-
-    def put(stacked: Stacked) -> Stacked:
-        shardings = placement.of_tree(stacked.tree, weights, stacked.lanes)
-        return stacked._replace(tree=place(stacked.tree, shardings))
-
-    rows = table(members)
-    return Group(
-        members,
-        placement,
-        weights,
-        put(stack([member.frozen for member in members])),
-        put(stack([member.initial for member in members])),
-        place(rows.columns, jax.tree.map(lambda _: placement.replicated, rows.columns)),
-        rows.first,
-    )
-
-
-class Program(NamedTuple):
-    """A round's compiled functions and what compiling cost."""
-
-    advance: Callable[..., tuple[Any, dict[str, Array]]]
-    """``advance(state, frozen, data, plan, keys, start, stop) -> (state, infos [chunk_steps, lanes])``."""
-    monitor: Callable[[Any], dict[str, Array]]
-    finite: Callable[[Any], Array]
-    """``finite(state) -> [lanes]``: whether all numbers of each lane are."""
-    seconds: float
-
-
-class Lanes:
-    """The lanes of one round: a member's phases, side by side with those of the others.
-
-    Args:
-        group: the members.
-        round_: the phases.
-        carry: what each member has learnt so far, leaves ``[members, ...]``, or their shapes; None: nothing.
-    """
-
-    def __init__(self, group: Group, round_: Round, carry: Weights | None):
-        """Lay out the lanes; nothing is computed yet."""
-        self.round, self._group, self._phase = round_, group, round_.phases[0]
-        self._per_member = len(round_.phases)
-        self._count = len(group.members) * self._per_member
-        self._carry = group.initial if carry is None else own_axis(carry)
-        self.state_shape = jax.eval_shape(self._start, group.frozen.tree, group.initial.tree, self._carry.tree)
-
-    def member_and_phase(self, lane: int) -> tuple[int, Phase, int]:
-        """Whose lane it is, the phase that runs in it, and the place of the phase in the method."""
-        member, number = divmod(lane, self._per_member)
-        return member, self.round.phases[number], self.round.numbers[number]
-
-    def start(self) -> Any:
+    def start(self, held: Held) -> State:
         """The state before the first step."""
-        start = jax.jit(self._start, out_shardings=self._shardings(self.state_shape))
-        return start(self._group.frozen.tree, self._group.initial.tree, self._carry.tree)
+        held = {key: held[key] for key in self.needs.start}
+        where = jax.tree.map(lambda x: x.sharding, self.state)
+        return jax.jit(self._start, out_shardings=where)(held, self._keys("start"))
 
-    def compile(self, state, chunk_steps: int) -> "Program":
-        """Trace and compile the loop over the steps of a chunk, for all lanes at once."""
-        axes = (0, self._group.frozen.axes, None, 0, 0, None)
+    def _start(self, held: Held, keys):
+        starts = list(dict.fromkeys(phase.start for phase in self.stage))
 
-        def lane(state, frozen, data, plan, key, step):
-            return self._phase.step(state, frozen, _batches(data, plan, jax.random.wrap_key_data(key), step))
+        def one(start, held, key):
+            return start(self._context(held), jax.random.wrap_key_data(key))
 
-        def advance(state, frozen, data, plan, keys, start, stop):
-            frozen = self._for_lanes(frozen, self._group.frozen)
+        axes = (self._group.axes(held), 0)
+        if len(starts) == 1:
+            lanes = each_lane(lambda *args: one(starts[0], *args), axes, self._count)
+            state = lanes(self._for_lanes(held), keys)
+        else:
+            members, per_member = len(self._group.members), len(self.stage)
+            each = [
+                each_lane(lambda *args, s=phase.start: one(s, *args), axes, members)(held, keys[number::per_member])
+                for number, phase in enumerate(self.stage)
+            ]
+            state = jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(self._count, *xs[0].shape[1:]), *each)
+        # A copy of every array: the state is donated, and must not share a buffer with anything kept.
+        return jax.tree.map(jnp.copy, state)
+
+    def compile(self, programs: Programs, chunk_steps: int) -> Program:
+        """The loop over the steps of a chunk, for all lanes at once; what was compiled before is used again."""
+        arguments = (self.state, *self._abstract_arguments)
+        steps = list(dict.fromkeys(phase.step for phase in self._group.members[0].method.phases))
+        key = (
+            steps.index(self.stage[0].step),
+            self._slots,
+            chunk_steps,
+            jax.tree.structure(arguments),
+            *((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(arguments)),
+        )
+        if key not in programs.compiled:
+            programs.compiled[key] = self._compile(arguments, chunk_steps)
+        return programs.compiled[key]
+
+    def _compile(self, arguments: tuple[Any, ...], chunk_steps: int) -> Program:
+        axes = (0, tuple(self._group.axes([key])[key] for key in self._step_keys), None, 0, 0, None)
+        monitor = each_lane(self.stage[0].monitor, (0,), self._count)
+
+        def advance(state, held, data, plan, keys, start, stop):
+            held = tuple(self._for_lanes(dict(zip(self._step_keys, held, strict=True))).values())
 
             def lanes(state, step):
-                return self._each(lane, axes)(state, frozen, data, plan, keys, step)
+                return each_lane(self._step, axes, self._count)(state, held, data, plan, keys, step)
 
             def body(step, loop):
                 state, infos = loop
@@ -216,97 +133,112 @@ class Lanes:
 
             _, info = jax.eval_shape(lanes, state, start)
             infos = {name: jnp.zeros((chunk_steps, *value.shape), value.dtype) for name, value in info.items()}
-            return jax.lax.fori_loop(start, stop, body, (state, infos))
+            state, infos = jax.lax.fori_loop(start, stop, body, (state, infos))
+            return state, infos, {"monitor": monitor(state), "finite": jax.vmap(_all_finite)(state)}
 
         began = time.perf_counter()
         whole = self._group.placement.replicated
-        results = (jax.tree.map(lambda x: x.sharding, state), whole)
-        jitted = jax.jit(advance, donate_argnums=0, out_shardings=results)
-        compiled = jitted.lower(state, *self.arguments, 0, 1).compile(compiler_options())
-        monitor, finite = (
-            jax.jit(self._each(fn, (0,)), out_shardings=whole).lower(state).compile()
-            for fn in (self._phase.monitor, _all_finite)
-        )
-        return Program(compiled, monitor, finite, time.perf_counter() - began)
+        where = (jax.tree.map(lambda x: x.sharding, self.state), whole, whole)
+        jitted = jax.jit(advance, donate_argnums=0, out_shardings=where)
+        compiled = jitted.lower(*arguments, 0, 1).compile(compiler_options())
+        return Program(compiled, _num_bytes(compiled), time.perf_counter() - began)
 
-    @functools.cached_property
-    def arguments(self) -> tuple[Any, ...]:
-        """What a compiled chunk takes beside the state: frozen weights, training sets, plans and keys."""
-        group, placement = self._group, self._group.placement
-        rows = _plans(group.members, self.round, group.first)
-        keys = [
-            jax.random.key_data(jax.random.fold_in(member.key, zlib.crc32(phase.name.encode())))
-            for member in group.members
-            for phase in self.round.phases
-        ]
-        host = np.stack([np.asarray(key) for key in keys])
-        plan = place(rows, {name: placement.of_rows(x.ndim) for name, x in rows.items()})
-        return group.frozen.tree, group.data, plan, place(host, self._shardings(host))
+    def _step(self, state, held, data, plan, key, step):
+        """One step of one lane."""
+        shapes = jax.tree.leaves(jax.tree.map(lambda key: self._group.needs.shapes[key], self.needs.sources))
+        leaves = [unread(like) if slot is None else held[slot] for slot, like in zip(self._slots, shapes, strict=True)]
+        context = jax.tree.unflatten(jax.tree.structure(self.needs.sources), leaves)
+        own = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+        batches = step_batches(data, plan, own, step)
+        return self.needs.take_step(state, context, batches, stream(own, "step"), jnp.int32(step))
 
-    def advance(self, program: "Program", state, step: int, stop: int) -> tuple[Any, list[list[dict[str, float]]]]:
-        """Run a chunk; the infos of each lane, one a step, with the monitor's diagnostics in the last."""
-        state, columns = program.advance(state, *self.arguments, step, stop)
-        columns, monitored = jax.device_get((columns, program.monitor(state)))
-        infos = [
-            [{name: float(column[i, lane]) for name, column in columns.items()} for i in range(stop - step)]
-            for lane in range(self._count)
-        ]
-        for lane, lane_infos in enumerate(infos):
-            lane_infos[-1].update({name: float(value[lane]) for name, value in monitored.items()})
-        return state, infos
+    @cached_property
+    def _step_keys(self) -> tuple[needs.Key, ...]:
+        """What the step reads, in the order of the context."""
+        return tuple(dict.fromkeys(key for key in jax.tree.leaves(self.needs.sources) if key in self.needs.step))
 
-    def finish(self, state) -> Weights:
-        """What each member has learnt after this round, leaves ``[members, ...]``."""
-        members = len(self._group.members)
+    @cached_property
+    def _slots(self) -> tuple[int | None, ...]:
+        """For every leaf of the context its place in `_step_keys`, or None where the step does not read it."""
+        places = {key: place for place, key in enumerate(self._step_keys)}
+        read = self.needs.take_step.reads[len(jax.tree.leaves(self.needs.state)) :]
+        keys = jax.tree.leaves(self.needs.sources)
+        return tuple(places[key] if is_read else None for key, is_read in zip(keys, read, strict=False))
 
-        def finished(carry, state):
-            axes = self._carry.axes
-            for number, phase in enumerate(self.round.phases):
-                own = jax.tree.map(lambda x, n=number: x[n :: self._per_member], state)
-                carry, axes = each_lane(phase.finish, (axes, 0), members)(carry, own), 0
-            return carry
-
-        shape = jax.eval_shape(finished, self._carry.tree, state)
-        return jax.jit(finished, out_shardings=self._shardings(shape))(self._carry.tree, state)
-
-    def _start(self, frozen, initial, carry):
+    @property
+    def _abstract_arguments(self) -> tuple[Any, ...]:
         group = self._group
-        axes = (group.frozen.axes, group.initial.axes, self._carry.axes)
-        pairs = zip((frozen, initial, carry), (group.frozen, group.initial, self._carry), strict=True)
-        state = self._each(self._phase.start, axes)(*(self._for_lanes(tree, like) for tree, like in pairs))
-        # A copy of every array: the state is donated, and must not share a buffer with anything kept.
-        return jax.tree.map(jnp.copy, state)
+        plan = {
+            name: jax.ShapeDtypeStruct(
+                (self._count, *np.shape(rows)), jnp.int32, sharding=group.placement.of_rows(1 + np.ndim(rows))
+            )
+            for name, rows in self.stage[0].plan.items()
+        }
+        numbers = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        keys = jax.ShapeDtypeStruct((self._count, *numbers.shape), numbers.dtype)
+        return tuple(group.arrays[key] for key in self._step_keys), group.data, plan, group.abstract(keys)
 
-    def _for_lanes(self, tree, like: Stacked):
-        """The leaves of members, each as often as the member has lanes."""
-        return jax.tree.map(lambda x, own: jnp.repeat(x, self._per_member, axis=0) if own else x, tree, like.lanes)
+    def arguments(self, held: Held, data: dict[str, Array]) -> tuple[Any, ...]:
+        """What a program takes beside the state: what the step reads of the context, training sets, plans and keys."""
+        rows = self._plans()
+        plan = place(rows, {name: self._group.placement.of_rows(x.ndim) for name, x in rows.items()})
+        return tuple(held[key] for key in self._step_keys), data, plan, self._keys(None)
 
-    def _each(self, fn: Callable[..., Any], axes: tuple[Any, ...]) -> Callable[..., Any]:
-        return each_lane(fn, axes, self._count)
+    def _plans(self) -> dict[str, np.ndarray]:
+        """Rows of the group's table for every lane and step."""
 
-    def _shardings(self, tree):
-        return self._group.placement.of_tree(tree, self._group.weights, lanes=True)
+        def moved(rows, by: int) -> np.ndarray:
+            rows = np.asarray(rows)
+            return np.where(rows >= 0, rows + by, rows).astype(np.int32)
 
+        own = [
+            (next(phase for phase in member.method.phases if phase.name == shared.name).plan, by)
+            for member, by in zip(self._group.members, self._group.first_rows, strict=True)
+            for shared in self.stage
+        ]
+        return {name: np.stack([moved(plan[name], by) for plan, by in own]) for name in self.stage[0].plan}
 
-def each_lane(fn: Callable[..., Any], axes: tuple[Any, ...], count: int) -> Callable[..., Any]:
-    """`fn` mapped over lanes; `axes` as `jax.vmap` takes them, all of them may be None."""
+    def _keys(self, use: str | None) -> Array:
+        """The random stream of every lane's phase, or the one within it for a use."""
+        phases = [stream(member.key, phase.name) for member in self._group.members for phase in self.stage]
+        return self._group.place_keys(phases if use is None else [stream(key, use) for key in phases])
 
-    def with_lane(lane, *args):
-        del lane
-        return fn(*args)
+    def finish(self, held: Held, state: State, wanted: Collection[needs.Key]) -> Held:
+        """Of the arrays that are wanted those that the stage computes."""
+        group, per_member = self._group, len(self.stage)
+        made = sorted(key for key in wanted if key.split("/")[0] == str(self._number))
+        read = {key: held[key] for key in self.needs.finish}
 
-    mapped = jax.vmap(with_lane, in_axes=(0, *axes), spmd_axis_name=SEED)
-    return lambda *args: mapped(jnp.arange(count), *args)
+        def one(held: Held, states: Sequence[State]) -> Held:
+            return pick(finish_all(self.stage, self._context(held), states), self.needs.learnt, made)
+
+        def finished(held: Held, state: State) -> Held:
+            states = [jax.tree.map(lambda x, n=n: x[n::per_member], state) for n in range(per_member)]
+            each = states if per_member > 1 else [state]
+            return each_lane(one, (group.axes(held), 0), len(group.members))(held, each)
+
+        return jax.jit(finished, out_shardings={key: group.arrays[key].sharding for key in made})(read, state)
+
+    def _context(self, held: Held) -> Context:
+        return fill(self.needs.sources, self._group.needs.shapes, held)
+
+    def _for_lanes(self, held: Held) -> Held:
+        """What members do not share, each as often as the member has lanes."""
+        times = len(self.stage)
+        return {key: x if key in self._group.shared else jnp.repeat(x, times, axis=0) for key, x in held.items()}
 
 
 def _all_finite(tree) -> Array:
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all() if floats else jnp.array(True)
 
 
-def _batches(data, plan, key, step):
-    keys = jax.random.split(jax.random.fold_in(key, step), len(plan))
-    return {name: gather(data, plan[name][step], keys[i]) for i, name in enumerate(sorted(plan))}
+def _num_bytes(compiled) -> int:
+    found = compiled.memory_analysis()
+    if found is None:  # a backend that does not count
+        return 0
+    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return int(kept + found.temp_size_in_bytes)
 
 
 def compiler_options() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,18 @@ _HEARTBEAT_SECONDS = 60  # after so long without a sign of life a process is giv
 _MESSAGE_BYTES = 2000
 _SHARED_FILE_SECONDS = 15  # a network file system may show a new file late
 _LAST_WORDS_SECONDS = 3  # for the others to say what they met
+
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE")
+_SIGNS = (
+    "gloo",
+    "connection closed",
+    "connection reset",
+    "coordination",
+    "heartbeat",
+    "nccl",
+    "barrier",
+    "unavailable:",
+)
 
 
 class Launch(NamedTuple):
@@ -76,7 +89,12 @@ def is_main() -> bool:
 
 def any_of(flag: bool) -> bool:
     """Whether any process says so; all must ask."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+    return bool(most(int(flag)))
+
+
+def most(number: int) -> int:
+    """The largest of what the processes say; all must ask."""
+    return int(np.max(multihost_utils.process_allgather(np.array(number, np.int32)))) if several() else number
 
 
 def all_see(path: Path) -> bool:
@@ -112,16 +130,36 @@ def fail_together(error: AgwmError | None) -> None:
 
 
 def lost(error: BaseException) -> AgwmError | None:
-    """The sentence for an error that a peer's death caused, or None for any other."""
-    signs = ("gloo", "connection closed", "connection reset", "coordination", "heartbeat", "nccl", "peer", "barrier")
-    text = str(error).lower()
-    if not several() or not isinstance(error, RuntimeError) or not any(sign in text for sign in signs):
+    """The sentence for an error that a peer's death caused, or None for any other.
+
+    Which of its errors JAX raises then depends on what it was waiting for. So every error of its runtime is taken for
+    it, but those that say what else is wrong, and so is what others (Orbax, a thread) made of one.
+    """
+    if not several() or isinstance(error, AgwmError):
+        return None
+    causes = list(_causes(error))
+    if not any(_tells_of_a_peer(cause) for cause in causes):
         return None
     return AgwmError(
         f"process {jax.process_index()} of {jax.process_count()}: another process of this run died or cannot be "
         f"reached ({_first_line(error)}); start the same command on all processes again, it continues at the last "
         "checkpoint."
     )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _tells_of_a_peer(error: BaseException) -> bool:
+    text = str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return not text.startswith(_OWN_FAULTS)
+    return isinstance(error, Exception) and any(sign in text.lower() for sign in _SIGNS)
 
 
 def leave(code: int) -> None:

@@ -1,32 +1,33 @@
 """Meshes of devices, and where on one every array of a run lies."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey
 
 from agwm_jax.errors import AgwmError
+from agwm_jax.models.weights import Weights
 
 SEED, DATA, MODEL = AXES = ("seed", "data", "model")
 """Axes of every mesh: independent runs, examples of a batch, and the parts of a kernel."""
 
-_WHOLE, _SHARD = None, "shard"
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+_SHARD = "shard"
+RULES: dict[str, str] = {
     # Column by column, then row by row (Megatron-LM, arXiv 1909.08053): the two products of attention, and of the
     # feed-forward part, need one sum over `model` in the forward pass and one in the backward pass.
-    (r".*\.layers\.(query|key|value|intermediate)\.kernel", (_WHOLE, _SHARD, MODEL)),
-    (r".*\.layers\.(query|key|value|intermediate)\.bias", (_WHOLE, MODEL)),
-    (r".*\.layers\.(attention_output|output)\.kernel", (_WHOLE, MODEL, _SHARD)),
-    (r"pooler\.kernel", (_SHARD, _WHOLE)),
+    "heads": MODEL,
+    "mlp": MODEL,
     # By width and not by word: a vocabulary has any number of words, and a lookup then stays where it is.
-    (r"embeddings\.\w+\.embedding", (_WHOLE, _SHARD)),
-)
-"""Where the axes of a weight lie, first match first; ``shard``: over `data` where weights are fully sharded. A weight
-without a rule (other biases, layer norms, the head) lies on every device whole."""
+    "width": _SHARD,
+}
+"""The mesh axis of a weight's logical axis; ``shard``: `data` where weights are fully sharded. Axes without a rule
+(layers, vocabulary, vectors, classes) are not cut."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of every weight by path."""
 
 
 class Placement(NamedTuple):
@@ -41,49 +42,47 @@ class Placement(NamedTuple):
         """On every device whole."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def of_weight(self, path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
-        """The mesh axis that each axis of a weight is cut along."""
-        for pattern, rule in RULES:
-            if re.fullmatch(pattern, path) and len(rule) == len(shape):
-                return tuple(self._axis(name, size) for name, size in zip(rule, shape, strict=True))
-        return (None,) * len(shape)
+    def of_weight(self, axes: Sequence[str], shape: Sequence[int]) -> tuple[str | None, ...]:
+        """The mesh axis that each axis of a weight is cut along, no mesh axis twice."""
+        found: list[str | None] = []
+        for name, size in zip(axes, shape, strict=True):
+            axis = RULES.get(name)
+            if axis == _SHARD:
+                axis = DATA if self.fully_sharded else None
+            # What a mesh axis does not divide stays whole. `check_model` sees to `model`.
+            fits = axis is not None and axis not in found and size % self.mesh.shape[axis] == 0
+            found.append(axis if fits else None)
+        return tuple(found)
 
-    def _axis(self, name: str | None, size: int) -> str | None:
-        # Cutting over `data` only saves memory: what it does not divide stays whole. `check_model` sees to `model`.
-        axis = (DATA if self.fully_sharded else None) if name == _SHARD else name
-        return axis if axis is not None and size % self.mesh.shape[axis] == 0 else None
-
-    def of_tree(self, tree, weights: Mapping[str, Sequence[int]], lanes=False):
+    def of_tree(self, tree, weights: Weights, shapes: Shapes, lanes=False):
         """A sharding for every leaf of a training state, of weights, of gates or of what an optimiser makes of them.
 
-        A leaf belongs to the weight whose path is the innermost dictionary key on the way to it; the factors of a gate
-        lie as the axes of their kernel do; what belongs to no weight (counts, schedules) lies whole on every device.
+        A leaf belongs to the weight whose path is the innermost dictionary key on the way to it, and is cut where it
+        has that weight's axes: of the factors ``[*l, d_in, r]`` and ``[*l, r, d_out]`` all but the rank. What belongs
+        to no weight (counts, schedules) lies whole on every device.
 
         Args:
             tree: arrays, or their shapes.
-            weights: shape of every weight by path, without an axis of lanes.
-            lanes: whether leaves have a leading axis of runs, cut along `seed`: one bool, or a tree of them.
+            weights: of the model.
+            shapes: of the model's weights, without an axis of lanes.
+            lanes: whether leaves have a leading axis of lanes, cut along `seed`: one bool, or a tree of them.
         """
         lanes = jax.tree.map(lambda _: lanes, tree) if isinstance(lanes, bool) else lanes
 
         def sharding(path, leaf, lane: bool) -> NamedSharding:
             own = leaf.shape[1:] if lane else leaf.shape
-            spec = self._of_leaf(path, own, weights)
+            spec = self._of_leaf(path, own, weights, shapes)
             return NamedSharding(self.mesh, PartitionSpec(*((SEED,) if lane else ()), *spec))
 
         return jax.tree_util.tree_map_with_path(sharding, tree, lanes)
 
-    def _of_leaf(self, path, shape: Sequence[int], weights: Mapping[str, Sequence[int]]) -> tuple[str | None, ...]:
+    def _of_leaf(self, path, own: Sequence[int], weights: Weights, shapes: Shapes) -> tuple[str | None, ...]:
         keys = [entry.key for entry in path if isinstance(entry, DictKey) and entry.key in weights]
-        if not keys:
-            return (None,) * len(shape)
-        spec = self.of_weight(keys[-1], weights[keys[-1]])
-        factor = path[-1].name if isinstance(path[-1], GetAttrKey) else ""
-        if factor == "left":
-            spec = (*spec[:-1], None)
-        elif factor == "right":
-            spec = (*spec[:-2], None, spec[-1])
-        return spec if len(spec) == len(shape) else (None,) * len(shape)
+        whole = (None,) * len(own)
+        if not keys or len(shape := shapes[keys[-1]]) != len(own):
+            return whole
+        spec = self.of_weight(weights[keys[-1]].axes, shape)
+        return tuple(axis if size == like else None for axis, size, like in zip(spec, own, shape, strict=True))
 
     def of_rows(self, ndim: int) -> NamedSharding:
         """Rows of batches ``[lanes, steps, ..., b]``: every device reads the examples of its own part of a batch."""
@@ -134,18 +133,25 @@ def _devices(number: int) -> str:
     return f"{number} device" + ("" if number == 1 else "s")
 
 
-def check_model(placement: Placement, *, num_heads: int, intermediate_size: int, batch_size: int) -> None:
+def check_model(placement: Placement, weights: Weights, shapes: Shapes, *, batch_size: int) -> None:
     """Refuse a model or a batch that the mesh does not divide.
 
     Raises:
-        AgwmError: heads or feed-forward width and `model`, or batch size and `data`.
+        AgwmError: an axis of a weight that `model` cuts, or the batch size and `data`.
     """
     model, data = placement.mesh.shape[MODEL], placement.mesh.shape[DATA]
-    for what, size in (("attention heads", num_heads), ("units of the feed-forward part", intermediate_size)):
+    cut = {
+        (name, size): path
+        for path, weight in weights.items()
+        for name, size in zip(weight.axes, shapes[path], strict=True)
+        if RULES.get(name) == MODEL
+    }
+    for (name, size), path in cut.items():
         if size % model:
+            most = int(np.gcd.reduce([n for _, n in cut]))
             raise AgwmError(
-                f"mesh.model {model} does not divide the model's {size} {what}: choose one of "
-                f"{', '.join(str(n) for n in range(1, size + 1) if not num_heads % n and not intermediate_size % n)}."
+                f"mesh.model {model} does not divide the model's axis {name} ({size} in {path}): choose one of "
+                f"{', '.join(str(n) for n in range(1, min(most, 64) + 1) if not most % n)}."
             )
     if batch_size % data:
         raise AgwmError(
@@ -162,6 +168,7 @@ def place(tree, shardings):
 
     def one(x, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(x)
+        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(one, tree, shardings)

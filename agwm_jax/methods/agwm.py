@@ -113,6 +113,11 @@ class Agwm(MethodSettings):
             check(self.estimator, inner_steps=self.search.inner_steps)
         return self
 
+    @property
+    def extra_passes(self) -> int:
+        """Those of one search."""
+        return self.search.epochs
+
     def build(self, setup: Setup) -> Method:
         """The method for one seed."""
         mixture = Mixture(self.mixup, setup)

@@ -141,6 +141,11 @@ class MethodSettings(Section):
 
     name: str
 
+    @property
+    def extra_passes(self) -> int:
+        """Passes over the training set beside those of `Finetune`."""
+        return 0
+
     def build(self, setup: Setup) -> Method:
         """The method for one seed.
 

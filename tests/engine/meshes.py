@@ -1,4 +1,4 @@
-"""A small BERT in a bi-level search: on one device, and on any mesh as the training loop lays it there."""
+"""A small BERT in a bi-level search: on one device, and on any mesh as the engine lays it there."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,47 +7,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from agwm_jax import Partition, bilevel, init_alpha, mixup_problem, partition, project_alpha
-from agwm_jax.engine.batches import gather
-from agwm_jax.engine.lanes import each_lane
+from agwm_jax import bilevel, init_alpha, mixup_problem, partition, project_alpha
+from agwm_jax.engine.batches import step_batches
+from agwm_jax.engine.group import each_lane
 from agwm_jax.engine.sharding import make_placement, place
-from agwm_jax.models.bert import BertClassifier, BertConfig, dropout
-from agwm_jax.models.functional import functionalize
+from agwm_jax.models.bert import BertConfig
+from agwm_jax.models.encoder import dropout
+from agwm_jax.models.family import FAMILIES, build_model
 from agwm_jax.models.loss import batch_loss
-from agwm_jax.settings.schema import MIXED_KERNELS
+from agwm_jax.models.weights import of_role
+from tests.engine.conftest import QUICKLY
 
 # All different, so that a shape in a compiled program says what it is; what a mesh cuts is a multiple of 8.
 L, B, T, D, F, VOCABULARY, POSITIONS = 3, 8, 12, 32, 48, 104, 24
 H = 8
-CONFIG = BertConfig(VOCABULARY, D, L, H, F, max_position_embeddings=POSITIONS).with_dropout(0.1)
+CONFIG = BertConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=D,
+    num_hidden_layers=L,
+    num_attention_heads=H,
+    intermediate_size=F,
+    max_position_embeddings=POSITIONS,
+).with_dropout(0.1)
 STEPS, EXAMPLES = 2, 20
-
-# A program that runs for milliseconds is all compilation: these halve it, and move no collective.
-QUICKLY = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 
 
 class Search(NamedTuple):
     """A model, and which of its weights are searched how."""
 
     apply: Any
-    parts: Partition
+    weights: Any
+    """What is known of each weight."""
+    pretrained: Any
+    mixed: tuple[str, ...]
+    frozen: tuple[str, ...] | None = None
     inner_steps: int = 1
     rollback: bool = False
 
     @property
     def shapes(self):
-        return {path: x.shape for path, x in (*self.parts.frozen.items(), *self.parts.task.items())}
+        return {path: x.shape for path, x in self.pretrained.items()}
 
-    def solver(self, frozen, estimator):
+    def partition(self, pretrained):
+        return partition(pretrained, mixed=self.mixed, frozen=self.frozen)
+
+    def solver(self, pretrained, estimator):
         loss = batch_loss(self.apply, "classification")
         return bilevel(
-            mixup_problem(loss, frozen, mixed=self.parts.mixed, anchor=0.1),
+            mixup_problem(loss, self.partition(pretrained), anchor=0.1),
             estimator,
-            # Without the eps_root Adam's first step is a gradient's sign, and a key's bias has a gradient of rounding.
-            inner_tx=optax.adamw(1e-2, eps_root=1e-6),
+            inner_tx=optax.adamw(1e-2, eps_root=1e-6),  # else Adam's first step is the sign of a gradient of rounding
             outer_tx=optax.sgd(0.1, momentum=0.0),  # whose state is the hypergradient
             project=project_alpha,
             rollback=self.rollback,
@@ -55,16 +66,16 @@ class Search(NamedTuple):
 
     def start(self, estimator, lane):
         """A state of the host; lanes differ in task weights and alpha."""
-        rng = np.random.default_rng(lane)
-        task = {path: x + 0.05 * rng.normal(size=x.shape).astype(np.float32) for path, x in self.parts.task.items()}
-        alpha = init_alpha(jax.random.key(lane), self.parts, noise=0.1)
-        return self.solver(self.parts.frozen, estimator).init(task, alpha)
+        rng, parts = np.random.default_rng(lane), self.partition(self.pretrained)
+        task = {path: x + 0.05 * rng.normal(size=x.shape).astype(np.float32) for path, x in parts.task.items()}
+        alpha = init_alpha(jax.random.key(lane), parts, noise=0.1)
+        return self.solver(self.pretrained, estimator).init(task, alpha)
 
     def step(self, estimator):
-        def step(state, frozen, data, rows, key, step):
-            inner_key, outer_key = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), step))
-            inner = gather(data, rows["inner"][step], inner_key)
-            return self.solver(frozen, estimator).step(state, inner, gather(data, rows["outer"][step], outer_key))
+        def step(state, pretrained, data, rows, key, step):
+            own = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+            batches = step_batches(data, rows, own, step)
+            return self.solver(pretrained, estimator).step(state, batches["inner"], batches["outer"])
 
         return step
 
@@ -88,9 +99,9 @@ def _weights(shapes):
 @functools.cache
 def bert(*, rollback: bool = False) -> Search:
     """The model of real runs; all of its weights are trained, and dropout is everywhere."""
-    apply, shapes = functionalize(nnx.eval_shape(lambda: BertClassifier(CONFIG, num_labels=2, rngs=nnx.Rngs(0))))
-    weights = _weights({path: x.shape for path, x in shapes.items()})
-    return Search(apply, partition(weights, mixed=MIXED_KERNELS), rollback=rollback)
+    model, shapes = build_model(FAMILIES["bert"].value(), CONFIG, num_labels=2)
+    pretrained = _weights({path: x.shape for path, x in shapes.items()})
+    return Search(model.apply, model.weights, pretrained, of_role(model.weights, "kernel"), rollback=rollback)
 
 
 @functools.cache
@@ -112,10 +123,12 @@ def attention(*, inner_steps: int = 1, rollback: bool = False) -> Search:
         x = jax.lax.scan(layer, x, (query, output, jax.random.split(key, L)))[0]
         return jnp.tanh(x[:, 0] @ params["pooler.kernel"]) @ params["classifier.kernel"]
 
-    kernels = ("encoder.layers.query.kernel", "encoder.layers.attention_output.kernel", "pooler.kernel")
-    shapes = {path: bert().shapes[path] for path in (*kernels, "classifier.kernel", "embeddings.word.embedding")}
-    parts = partition(_weights(shapes), mixed=r".*(query|output|pooler)\.kernel", frozen="embeddings.*")
-    return Search(apply, parts, inner_steps, rollback)
+    mixed = ("encoder.layers.query.kernel", "encoder.layers.attention_output.kernel", "pooler.kernel")
+    table = "embeddings.word.embedding"
+    paths = (*mixed, "classifier.kernel", table)
+    weights = {path: bert().weights[path] for path in paths}
+    pretrained = _weights({path: bert().shapes[path] for path in paths})
+    return Search(apply, weights, pretrained, mixed, (table,), inner_steps, rollback)
 
 
 def examples():
@@ -157,7 +170,7 @@ def on_one_device(search, estimator, lanes=1) -> list[Result]:
     program, results = None, []
     for lane in range(lanes):
         state, infos = search.start(estimator, lane), []
-        given = search.parts.frozen, examples(), search.rows(lane), keys([lane])[0]
+        given = search.pretrained, examples(), search.rows(lane), keys([lane])[0]
         program = program or compiled(search.step(estimator), (state, *given, 0))
         for step in range(STEPS):
             state, info = program(state, *given, step)
@@ -177,8 +190,9 @@ def on_mesh(search, estimator, *, seed=1, data=1, model=1, fully_sharded=False) 
     state = stacked([search.start(estimator, lane) for lane in lanes])
     rows = stacked([search.rows(lane) for lane in lanes])
     with jax.set_mesh(placement.mesh):
-        state = place(state, placement.of_tree(state, search.shapes, lanes=True))
-        frozen = place(search.parts.frozen, placement.of_tree(search.parts.frozen, search.shapes))
+        state = place(state, placement.of_tree(state, search.weights, search.shapes, lanes=True))
+        where = placement.of_tree(search.pretrained, search.weights, search.shapes)
+        pretrained = place(search.pretrained, where)
         table = place(examples(), jax.tree.map(lambda _: placement.replicated, examples()))
         rows = place(rows, {name: placement.of_rows(x.ndim) for name, x in rows.items()})
         key = place(keys(lanes), NamedSharding(placement.mesh, PartitionSpec("seed")))
@@ -186,13 +200,13 @@ def on_mesh(search, estimator, *, seed=1, data=1, model=1, fully_sharded=False) 
         shardings = jax.tree.map(lambda x: x.sharding, state)
         program = compiled(
             step,
-            (state, frozen, table, rows, key, 0),
+            (state, pretrained, table, rows, key, 0),
             donate_argnums=0,
             out_shardings=(shardings, placement.replicated),
         )
         infos = []
         for number in range(STEPS):
-            state, info = program(state, frozen, table, rows, key, number)
+            state, info = program(state, pretrained, table, rows, key, number)
             infos.append(info)
     state, infos = jax.device_get((state, infos))
     each = [jax.tree.map(lambda x, lane=lane: x[lane], (state, infos)) for lane in lanes]

@@ -1,116 +1,85 @@
-"""A real process, killed in the middle of search and of finetune, ends with the bits of one that was left alone."""
+"""A run that is killed at any chunk ends with the bits of one that was left alone."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
+import chex
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from tests.engine.conftest import QUICK
+from agwm_jax.engine.checkpoint import Checkpoints
+from agwm_jax.engine.lanes import Programs
+from agwm_jax.engine.observer import InMemory
+from tests.engine.methods import build_members, mixed, train
 
-# The solution of the linear system and the direction of its largest eigenvalue are carried from step to step.
-LONG = [
-    "--hypergradient.estimator",
-    "gradient_descent",
-    "--search.anchor",
-    "0.1",
-    "--search.num_splits",
-    "2",
-    "--search.epochs",
-    "8",
-    "--finetune.epochs",
-    "8",
-    "--run.keep_checkpoints",
-    "3",
-    "--run.checkpoint_steps",
-    "8",
-]
+OPTIONS = {"checkpoint_minutes": 1e-9, "chunk_steps": 2}  # as often as can be
+CHUNKS = 9
 
 
-def start(settings, folder):
-    cache = ["--run.compilation_cache", str(folder.parents[1] / "agwm-test-xla")]  # one compile serves all processes
-    command = [sys.executable, "-m", "agwm_jax", "train", *settings, *LONG, *cache, "--output", str(folder)]
-    environment = {**os.environ, **QUICK}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+class Cut(Exception):
+    """Ends a run where it stands."""
 
 
-def records(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    return [json.loads(line) for line in whole]
+class CutAt(InMemory):
+    def __init__(self, chunks):
+        super().__init__(1)
+        self.left = chunks
 
-
-def wait_for(process, folder, phase, step):
-    """Return once the run has recorded that step."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before {phase} {step}: {process.communicate()[0]}")
-        if any(r["phase"] == phase and r["step"] >= step for r in records(folder)[-1:]):
-            return
-        time.sleep(0.01)
-    process.kill()
-    pytest.fail(f"{phase} {step} was not reached: {process.communicate()[0]}")
+    def chunk(self, member, phase, infos, *, step, offset):
+        super().chunk(member, phase, infos, step=step, offset=offset)
+        self.left -= 1
+        if not self.left:
+            raise Cut
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> Path:
-    """The same run, never stopped."""
-    folder = tmp_path_factory.mktemp("resume") / "undisturbed"
-    process = start(settings, folder)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
-    return folder
+def undisturbed():
+    programs, members = Programs(), build_members(mixed, (3,))
+    outcome, observer = train(members, programs=programs, **OPTIONS)
+    assert len(observer.records[0]) == 2 * CHUNKS
+    return members, programs, outcome.learnt, observer.records
 
 
-def assert_same_end(folder, undisturbed):
-    assert (folder / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
-    for name in ("task.safetensors", "alpha.safetensors"):
-        ours, theirs = load_file(folder / name), load_file(undisturbed / name)
-        assert ours.keys() == theirs.keys()
-        assert [path for path in ours if ours[path].tobytes() != theirs[path].tobytes()] == []
-    ours, theirs = (json.loads((path / "result.json").read_text()) for path in (folder, undisturbed))
-    assert ours["scores"] == theirs["scores"]
-    assert ours["groups"] == theirs["groups"]
+@pytest.mark.parametrize("chunks", range(1, CHUNKS + 1))
+def test_cut_short_at_any_chunk_and_continued_it_is_the_same_run(undisturbed, tmp_path, chunks):
+    members, programs, learnt, records = undisturbed
+    options = {"programs": programs, **OPTIONS}
+    first = CutAt(chunks)
+    checkpoints = Checkpoints(tmp_path, keep=1, fingerprint="toy")
+    with pytest.raises(Cut):
+        train(members, observer=first, checkpoints=checkpoints, **options)
+    checkpoints.close()
+    second = InMemory(1)
+    second.records = first.records
+    checkpoints = Checkpoints(tmp_path, keep=1, fingerprint="toy")
+    outcome, _ = train(members, observer=second, checkpoints=checkpoints, **options)
+    checkpoints.close()
+    chex.assert_trees_all_equal(outcome.learnt, learnt)
+    assert second.records == records
+    assert len(second.said) == (chunks > 1), "it continues, except where nothing was saved yet"
 
 
-def test_sigkill_in_search_and_in_finetune_changes_no_bit(settings, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    for phase, step in (("search-1", 12), ("finetune", 12)):
-        process = start(settings, folder)
-        wait_for(process, folder, phase, step)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        assert not (folder / "result.json").exists()
-    process = start(settings, folder)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
-    assert "continuing in finetune after step" in text
-    assert_same_end(folder, undisturbed)
+def worker(folder, *options):
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **cache}
+    command = [sys.executable, "-m", "tests.engine.worker", str(folder), *map(str, options)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on_and_a_damaged_checkpoint_costs_no_bit(settings, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    process = start(settings, folder)
-    wait_for(process, folder, "search-0", 16)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate()[0]
-    assert process.returncode == 130
-    assert "run the same command again to continue" in text
-    assert "Traceback" not in text
-    newest = max((p for p in (folder / "checkpoints").iterdir() if p.is_dir()), key=lambda p: int(p.name))
-    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    process = start(settings, folder)
-    text = process.communicate()[0]
-    assert process.returncode == 0, text
-    assert "damaged" in text
-    assert "continuing in search-0 after step" in text
-    assert_same_end(folder, undisturbed)
+def test_sigkill_while_checkpoints_are_written_changes_no_bit(tmp_path):
+    done = worker(tmp_path / "alone")
+    assert done.returncode == 0, done.stderr
+    for chunks in (2, 3):
+        killed = worker(tmp_path / "run", "--kill-at", chunks)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (tmp_path / "run" / "learnt.npz").exists()
+    done = worker(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "continuing in search-" in done.stdout
+    ours, theirs = (np.load(tmp_path / name / "learnt.npz") for name in ("run", "alone"))
+    assert ours.files == theirs.files
+    for name in ours.files:
+        one = theirs[name][-len(ours[name]) :] if name == "losses" else theirs[name]
+        assert ours[name].tobytes() == one.tobytes(), name
