@@ -35,8 +35,8 @@ class BilevelSolver(NamedTuple):
 def hypergradient(
     problem: Problem,
     estimator: Estimator,
-    inner: Vector | InnerState,
-    outer: Vector,
+    inner: PyTree | InnerState,
+    outer: PyTree,
     inner_batches: Batch,
     outer_batch: Batch,
     *,
@@ -134,7 +134,7 @@ def bilevel(
     check.estimator(estimator)
     solve = optimizer_steps(inner_tx)
 
-    def init(inner_params: Vector, outer: Vector) -> BilevelState:
+    def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
         inner_params, outer = jax.tree.map(lambda x: jnp.array(x, copy=True), (inner_params, outer))
         projected = project(outer)

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from agwm_jax.engine import needs
 from agwm_jax.engine.batches import step_batches, stream
 from agwm_jax.engine.group import Group, Held, Layout, each_lane, pick
-from agwm_jax.engine.needs import Needs, fill, finish_all, stage_name
+from agwm_jax.engine.needs import Needs, fill, finish_all, stage_name, unread
 from agwm_jax.engine.sharding import place
 from agwm_jax.methods.interface import Context, Phase, State
 
@@ -146,10 +146,7 @@ class Lanes:
     def _step(self, state, held, data, plan, key, step):
         """One step of one lane."""
         shapes = jax.tree.leaves(jax.tree.map(lambda key: self._group.needs.shapes[key], self.needs.sources))
-        leaves = [
-            jnp.zeros(like.shape, like.dtype) if slot is None else held[slot]
-            for slot, like in zip(self._slots, shapes, strict=True)
-        ]
+        leaves = [unread(like) if slot is None else held[slot] for slot, like in zip(self._slots, shapes, strict=True)]
         context = jax.tree.unflatten(jax.tree.structure(self.needs.sources), leaves)
         own = jax.random.fold_in(jax.random.wrap_key_data(key), step)
         batches = step_batches(data, plan, own, step)

@@ -11,7 +11,7 @@ class Dependence(NamedTuple):
     """How a function's results depend on its arguments, leaf by leaf."""
 
     reads: tuple[bool, ...]
-    """One a leaf of the arguments: whether a result that has to be computed depends on it."""
+    """One a leaf of the arguments: whether a result depends on it."""
     passes: tuple[int | None, ...]
     """One a leaf of the result: the argument that it is, or None where it is computed."""
     result: Any
@@ -23,22 +23,22 @@ class Dependence(NamedTuple):
         return jax.tree.unflatten(jax.tree.structure(self.result), jaxpr_as_fun(self.traced)(*jax.tree.leaves(args)))
 
 
-def dependence(fn: Callable[..., Any], *args: Any) -> Dependence:
-    """Trace `fn` for arguments of these shapes.
+def dependence(fn: Callable[..., Any], *args: Any, by_name: bool = False) -> Dependence:
+    """Trace `fn` for arguments of these shapes; with `by_name`, to pass an argument on as it came does not read it.
 
     What only dead code reads is not read, also within a function that is jitted by itself; of a loop or a branch all
     that goes in is.
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((2,), jnp.float32)
-    >>> dependence(lambda a, b, c: {"sum": a + 0 * jnp.sum(b), "same": c, "dead": (b * c, a)[1]}, x, x, x)[:2]
+    >>> dependence(lambda a, b, c: {"sum": a + 0 * jnp.sum(b), "same": c, "dead": (b * c, a)[1]}, x, x, x, by_name=True)[:2]
     ((True, True, False), (0, 2, None))
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
     jaxpr = closed.jaxpr
     places = {var: place for place, var in enumerate(jaxpr.invars)}
     passes = tuple(places.get(var) if isinstance(var, Var) else None for var in jaxpr.outvars)
-    return Dependence(_read(jaxpr, [place is None for place in passes]), passes, result, closed)
+    return Dependence(_read(jaxpr, [place is None or not by_name for place in passes]), passes, result, closed)
 
 
 def _read(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[bool, ...]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from agwm_jax.engine.batches import step_batches
 from agwm_jax.engine.liveness import Dependence, dependence
@@ -97,7 +98,7 @@ def find_needs(method: Method, weights: Shaped, data: Shaped, stages: Sequence[S
     data = {name: _abstract(x) for name, x in data.items()}
     random = jax.eval_shape(lambda: jax.random.key(0))
     sources = _named(pretrained, PRETRAINED)
-    init = dependence(method.init, pretrained, random)
+    init = dependence(method.init, pretrained, random, by_name=True)
     initial = learnt = _results(init, (sources, ""), INITIAL)
     shapes = dict(zip(_leaves((sources, initial)), _leaves((pretrained, init.result)), strict=True))
     learnt_shapes, found = init.result, []
@@ -110,7 +111,7 @@ def find_needs(method: Method, weights: Shaped, data: Shaped, stages: Sequence[S
         like = (stage[0].step, jax.tree.structure(args), *((x.shape, x.dtype) for x in jax.tree.leaves(args)))
         step = steps[like] = steps.get(like) or dependence(stage[0].step, *args)
         states = (state,) * len(stage)
-        finish = dependence(partial(finish_all, stage), context, states)
+        finish = dependence(partial(finish_all, stage), context, states, by_name=True)
         nameless = jax.tree.map(lambda _: "", states)
         learnt = _results(finish, (named, nameless), str(number))
         found.append(
@@ -137,13 +138,13 @@ def finish_all(stage: Stage, context: Context, states: Sequence[State]) -> Varia
 
 
 def fill(sources: Any, shapes: Mapping[Key, jax.ShapeDtypeStruct], held: Mapping[Key, Any]) -> Any:
-    """The arrays that keys stand for; what is not held is not read, and zeros stand there."""
+    """The arrays that keys stand for; what is not held is not read, see `unread`."""
+    return jax.tree.map(lambda key: held[key] if key in held else unread(shapes[key]), sources)
 
-    def one(key: Key):
-        like = shapes[key]
-        return held[key] if key in held else jnp.zeros(like.shape, like.dtype)
 
-    return jax.tree.map(one, sources)
+def unread(like: jax.ShapeDtypeStruct) -> Array:
+    """Stands for an array that no result depends on; if one did, it would not be a number."""
+    return jnp.full(like.shape, jnp.nan if jnp.issubdtype(like.dtype, jnp.inexact) else 0, like.dtype)
 
 
 def _example_batches(phase: Phase):

@@ -36,9 +36,9 @@ def registered(registry: Registry) -> dict:
         hints = get_type_hints(entry.value, include_extras=True)
         choices = {}
         for parameter in inspect.signature(entry.value).parameters:
-            for registry in getattr(hints[parameter], "__metadata__", ()):
-                if isinstance(registry, Registry):
-                    choices[parameter] = registered(registry)
+            for note in getattr(hints[parameter], "__metadata__", ()):
+                if isinstance(note, Registry):
+                    choices[parameter] = registered(note)
         for names in itertools.product(*choices.values()):
             chosen = {parameter: choices[parameter][name] for parameter, name in zip(choices, names, strict=True)}
             found[" ".join((entry.name, *names))] = entry.value(**chosen)
@@ -88,13 +88,13 @@ def estimates_at(
 ):
     """As many estimates, each from `inner`, the estimator's state carried from one to the next."""
     inner_batches = jnp.zeros((num_steps,)) if inner_batches is None else inner_batches
-    start = inner if isinstance(inner, InnerState) or tx is None else InnerState(inner, tx.init(inner))
+    start = inner if isinstance(inner, InnerState) else InnerState(inner, () if tx is None else tx.init(inner))
 
     @jax.jit
     def run(start, outer, state):
         return hypergradient(problem, estimator, start, outer, inner_batches, outer_batch, inner_tx=tx, state=state)
 
-    estimates, state = [], None
+    estimates, state = [], estimator.init(start, outer)
     for _ in range(calls):
         estimates.append(run(start, outer, state))
         state = estimates[-1].state

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from agwm_jax.hypergrad import InnerState, cotangent_of, optimizer_steps, update_vjp
 
@@ -46,7 +47,7 @@ def adjoint_and_difference(tx, inner, grads):
         after = solve.update(inner, unravel(flat)).params
         return sum(jnp.vdot(c[name], after[name]) for name in c)
 
-    flat, unravel = jax.flatten_util.ravel_pytree(grads)
+    flat, unravel = ravel_pytree(grads)
     steps = 1e-6 * jnp.eye(len(flat))
     expected = jnp.stack([(value(flat + step) - value(flat - step)) / 2e-6 for step in steps])
     return found, unravel(expected)

@@ -33,9 +33,8 @@ def _rounded(closed: ClosedJaxpr) -> ClosedJaxpr:
 
 def _apply(equation, operands):
     equation = equation.replace(params={name: _inside(value) for name, value in equation.params.items()})
-    variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, Literal)))
-    alone = jaxpr_as_fun(ClosedJaxpr(Jaxpr((), variables, equation.outvars, [equation]), ()))
-    return alone(*[operands[equation.invars.index(variable)] for variable in variables])
+    out = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(equation.params))
+    return out if equation.primitive.multiple_results else [out]
 
 
 def _inside(value):

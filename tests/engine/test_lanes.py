@@ -18,7 +18,19 @@ from agwm_jax.engine.lanes import Programs
 from agwm_jax.engine.loop import Interrupted
 from agwm_jax.engine.observer import InMemory
 from agwm_jax.errors import AgwmError, Diverged
-from tests.engine.methods import EXAMPLES, HEAD, UP, WEIGHTS, build_members, layout, mixed, plain, pretrained, train
+from tests.engine.methods import (
+    EXAMPLES,
+    HEAD,
+    UP,
+    WEIGHTS,
+    build_members,
+    layout,
+    loss,
+    mixed,
+    plain,
+    pretrained,
+    train,
+)
 
 SEEDS = (3, 5)
 
@@ -67,6 +79,22 @@ def test_what_is_learnt_differs_by_seed_phase_and_start(alone):
     assert len(searches[0]) == 2, "the monitor looks once a chunk"
     assert abs(searches[0][0] - searches[1][0]) > 1e-3, "each search starts at a gate of its own"
     assert np.abs(np.asarray(alone[0][0]["task"][UP]) - pretrained()[UP]).max() > 1e-2
+
+
+def test_it_is_the_loop_that_one_would_write_by_hand():
+    """Gradient descent from the pretrained weights, with the random streams of version 0.3."""
+    (member,) = build_members(lambda seed: plain(seed, tx=optax.sgd(0.05)), [4])
+    _, observer = train([member])
+    params, (phase,) = dict(member.pretrained), member.method.phases
+    key = jax.random.fold_in(member.key, zlib.crc32(b"finetune"))
+    for step, rows in enumerate(phase.plan["train"]):
+        batch = {name: column[np.maximum(rows, 0)] for name, column in member.data.items()}
+        (own,) = jax.random.split(jax.random.fold_in(key, step), 1)
+        value, grads = jax.value_and_grad(loss)(params, {**batch, "weight": jnp.float32(rows >= 0), "key": own})
+        assert observer.records[0][step]["loss"] == pytest.approx(float(value), rel=1e-5)
+        params = jax.tree.map(lambda w, g: w - 0.05 * g, params, grads)
+    assert observer.records[0][0]["global_step"] == 0
+    assert len(observer.records[0]) == len(phase.plan["train"])
 
 
 @pytest.mark.parametrize(

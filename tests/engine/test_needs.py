@@ -18,10 +18,14 @@ X = jax.ShapeDtypeStruct((3,), jnp.float32)
 
 
 def test_what_a_function_reads():
-    found = dependence(lambda a, b, c: {"sum": a + b, "same": c, "dead": (b * c, a)[1]}, X, X, X)
-    assert found.reads == (True, True, False)
+    def fn(a, b, c, d):
+        return {"sum": a + b, "same": c, "dead": (b * c * d, a)[1]}
+
+    found = dependence(fn, X, X, X, X)
+    assert found.reads == (True, True, True, False)
     assert found.passes == (0, 2, None)  # dead, same, sum
     assert found.result["sum"].shape == (3,)
+    assert dependence(fn, X, X, X, X, by_name=True).reads == (True, True, False, False)
 
 
 def test_dead_code_reads_nothing_also_inside_of_a_jitted_function():
@@ -120,10 +124,10 @@ def test_live_buffers_of_plain_training_are_its_state(groups):
     before = sum(x.nbytes for x in jax.live_arrays())
     watch = Watch()
     train(members, observer=watch)
-    state = sum(x.nbytes for x in jax.tree.leaves(jax.eval_shape(lambda: Lanes(groups["plain"], 0).state)))
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(Lanes(groups["plain"], 0).state))
     weights = sum(x.nbytes for x in members[0].pretrained.values())
     data = sum(x.nbytes for member in members for x in member.data.values())
-    assert state > 6 * weights
+    assert state >= 6 * weights
     assert watch.most - before - data - state < weights / 2
 
 

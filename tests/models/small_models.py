@@ -1,5 +1,6 @@
 """Small models with random weights, the same for the golden logits, the unit tests and the parity tests."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +124,20 @@ def texts_batch(tokenizer: Any) -> dict[str, np.ndarray]:
         columns = [row[name] if name in row else [0] * len(row["input_ids"]) for row in rows]
         found[name] = np.array([column + [padding] * (length - len(column)) for column in columns], np.int32)
     return found
+
+
+def equations(program: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the jaxprs within it too."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(value)
+
+
+def num_products(program: Any) -> int:
+    """Matrix products in a jaxpr."""
+    return sum(equation.primitive.name == "dot_general" for equation in equations(program))
 
 
 def loss_of(apply: Any, batch: dict[str, Any], **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -9,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import FIRST, RANDOM, SMALL, batch_of, build, loss_of, minilm_head, texts_batch
+from small_models import (
+    FIRST,
+    RANDOM,
+    SMALL,
+    batch_of,
+    build,
+    equations,
+    loss_of,
+    minilm_head,
+    num_products,
+    texts_batch,
+)
 
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.bert import BertConfig
@@ -70,7 +82,6 @@ def test_what_is_known_of_a_weight_fits_its_shape(family):
     depths = {weight.role: weight.depth for weight in model.weights.values() if weight.depth is not None}
     assert depths["embedding"] == 0
     assert depths["head"] == config.num_hidden_layers + 1
-    assert list(params) != list(model.weights)  # their order is the table's
     assert [*model.weights] == [path for path in FIRST[family].of.table(config) if path in model.weights]
 
 
@@ -99,6 +110,15 @@ def test_positions_of_roberta_count_real_tokens():
     module = small.of.module(small.config, num_labels=2, rngs=nnx.Rngs(0))
     ids = jnp.array([[7, 1, 9, 9, 1], [1, 1, 5, 6, 7]])
     assert module.positions(ids).tolist() == [[2, 1, 3, 4, 1], [1, 1, 2, 3, 4]]
+    assert small.config.max_length == small.config.max_position_embeddings - 2
+
+
+def test_a_family_is_named_in_its_own_file_alone():
+    """RoBERTa was added by one file; what reads and saves folders names no family at all."""
+    package = Path(__file__).parents[2] / "agwm_jax"
+    texts = {path.name: path.read_text(encoding="utf-8").lower() for path in package.rglob("*.py")}
+    assert [name for name, text in texts.items() if "roberta" in text] == ["roberta.py"]
+    assert not any(re.search(r"\bbert", texts[name]) for name in ("huggingface.py", "safetensors.py", "hub.py"))
 
 
 def test_mean_pooling_has_no_pooler_and_averages_real_tokens():
@@ -125,7 +145,7 @@ def test_padding_does_not_matter(family, pooling):
     assert jnp.array_equal(logits, apply(params, batch | {"token_type_ids": noise}))
     longer = {name: np.pad(value, ((0, 0), (0, 5))) for name, value in batch.items() if name != "labels"}
     longer["input_ids"] = np.pad(batch["input_ids"], ((0, 0), (0, 5)), constant_values=padding)
-    np.testing.assert_allclose(logits, apply(params, longer), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(logits, apply(params, longer), rtol=0, atol=1e-5)
 
 
 def test_token_types_may_be_left_out():
@@ -133,7 +153,8 @@ def test_token_types_may_be_left_out():
     model, params = build(small)
     batch = batch_of(small) | {"token_type_ids": np.zeros_like(batch_of(small)["input_ids"])}
     without = {name: value for name, value in batch.items() if name != "token_type_ids"}
-    assert jnp.array_equal(model.apply(params, batch), model.apply(params, without))
+    apply = jax.jit(model.apply)
+    assert jnp.array_equal(apply(params, batch), apply(params, without))
 
 
 def test_row_of_padding_alone_stays_finite():
@@ -189,7 +210,7 @@ def test_what_remat_computes_again():
     def products(**options):
         small = SMALL["gelu"]
         model, params = build(small, **options)
-        return str(jax.make_jaxpr(jax.grad(loss_of(model.apply, batch_of(small))))(params)).count("dot_general")
+        return num_products(jax.make_jaxpr(jax.grad(loss_of(model.apply, batch_of(small))))(params))
 
     none, dots, full = products(), products(remat="dots"), products(remat="full")
     assert none < dots < full
@@ -204,11 +225,11 @@ def test_fresh_weights(family):
         path: (shape.shape, shape.dtype) for path, shape in shapes.items()
     }
     kernel = params["encoder.layers.query.kernel"]
-    assert not np.array_equal(kernel[0], kernel[-1]) or len(kernel) == 1
+    assert len(np.unique(kernel[:, 0, 0])) == len(kernel)
     assert 0.015 < params["embeddings.word.embedding"].std() < 0.025
     assert (params["embeddings.norm.scale"] == 1).all()
     assert not any(params[path].any() for path in params if path.endswith("bias"))
-    assert jnp.isfinite(model.apply(params, batch_of(small))).all()
+    assert jnp.isfinite(jax.jit(model.apply)(params, batch_of(small))).all()
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -253,16 +274,15 @@ def test_every_dropout_rate_is_used(family):
         assert not np.allclose(plain, logits(**{name: 0.5}), atol=1e-4), name
 
 
-def dtypes_of(jaxpr, primitive=None):
+def dtypes_of(program, primitive=None):
     """Floating dtypes of all that a program computes, or of what one primitive gives."""
-    found = set()
-    for eqn in jaxpr.eqns:
-        if primitive in (None, eqn.primitive.name):
-            kinds = {v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")}
-            found |= {str(kind) for kind in kinds if jnp.issubdtype(kind, jnp.floating)}
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            found |= dtypes_of(inner, primitive)
-    return found
+    kinds = {
+        variable.aval.dtype
+        for equation in equations(program)
+        for variable in equation.outvars
+        if primitive in (None, equation.primitive.name) and hasattr(variable.aval, "dtype")
+    }
+    return {str(kind) for kind in kinds if jnp.issubdtype(kind, jnp.floating)}
 
 
 @EVERY_FAMILY
@@ -273,7 +293,7 @@ def test_nothing_is_narrower_than_float64(family):
         loss = loss_of(model.apply, batch_of(small), key=jax.random.key(0))
         program = jax.make_jaxpr(jax.grad(loss))(params)
     assert {value.dtype for value in params.values()} == {np.dtype(np.float64)}
-    assert dtypes_of(program.jaxpr) == {"float64"}
+    assert dtypes_of(program) == {"float64"}
 
 
 @EVERY_FAMILY
@@ -281,7 +301,7 @@ def test_bfloat16_computes_softmax_and_head_in_float32(family):
     small = FIRST[family]
     (model, params), (half, _) = build(small), build(small, dtype=jnp.bfloat16)
     batch = batch_of(small)
-    program = jax.make_jaxpr(lambda params: half.apply(params, batch))(params).jaxpr
+    program = jax.make_jaxpr(lambda params: half.apply(params, batch))(params)
     assert dtypes_of(program, "exp") == dtypes_of(program, "tanh") == {"float32"}
     assert {value.dtype for value in params.values()} == {np.dtype(np.float32)}
     logits = jax.jit(half.apply)(params, batch)
@@ -339,7 +359,6 @@ def test_vmap_over_parameters_and_keys():
 def test_more_tokens_than_positions(family):
     small = FIRST[family]
     limit = small.config.max_length
-    assert limit == small.config.max_position_embeddings - (2 if family == "roberta" else 0)
     model, params = build(small)
 
     def traced(length):

@@ -143,7 +143,7 @@ def test_labels_unit_is_folded_into_the_head(tmp_path, family):
         scaled = load_pretrained(tmp_path / "out", dtype=np.float64)
         assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float64"
         expected = 2.7 + 1.5 * logits_of(pretrained, small)
-        np.testing.assert_allclose(logits_of(scaled, small), expected, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(logits_of(scaled, small), expected, rtol=0, atol=1e-13)
 
 
 def test_head_trained_on_another_pooling_is_not_taken(folder):
@@ -233,14 +233,13 @@ def test_all_disagreements_in_one_list(folder):
         load_pretrained(folder, num_labels=3)
     text = str(caught.value)
     for line in (
-        "missing from the weights: embeddings.LayerNorm.bias, encoder.layer.2.attention.self.query.weight, "
-        "encoder.layer.2.attention.self.query.bias and 14 more",
+        "missing from the weights: embeddings.LayerNorm.bias, encoder.layer.2.attention.self.query.weight and 15 more",
         "not part of the model that config.json describes: encoder.layer.0.extra",
         "encoder.layer.{0..1}.intermediate.dense.weight is [64, 32] in the weights, [60, 32] by config.json; ",
-        " and 1 more",
+        " and 2 more",
     ):
         assert line in text
-    assert len(text) - len(str(folder)) < 700
+    assert len(text) - len(str(folder)) < 500
 
 
 def test_weights_of_another_family_are_told_in_short(folder, tmp_path):

@@ -62,7 +62,7 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
         after = inner if solve.update is None else solve.update(inner, grads)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
         if precondition:
-            update = solve.step("finite_difference(precondition=True)")
+            update = solve.require_update("finite_difference(precondition=True)")
             x = trees.scale(-1, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
         else:
             x = trees.scale(step_size, v)

@@ -63,7 +63,7 @@ def penalty(*, weight: float = 10.0, growth: float = 0.0) -> Estimator:
         outer_batch: Batch,
     ) -> PenaltyState:
         """As many steps of y on ``f + g / lambda``, the two gradients one after the other."""
-        update = solve.step("penalty")
+        update = solve.require_update("penalty")
         share = 1 / strength(state.num_steps)
 
         def step(copy: InnerState, batch):

@@ -65,7 +65,7 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
         outer_batch: Batch,
         state,
     ) -> Estimate:
-        update = solve.step("unrolled")
+        update = solve.require_update("unrolled")
         total = jax.tree.leaves(inner_batches)[0].shape[0]
         _fits(num_steps, total)
         first = 0 if num_steps is None else total - num_steps
