@@ -143,9 +143,8 @@ def bilevel(
         return BilevelState(inner, projected, outer_tx.init(projected), estimator.init(inner, projected))
 
     def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch) -> tuple[BilevelState, Info]:
-        estimate = _estimate(
-            problem, estimator, solve, state.inner, state.outer, inner_batches, outer_batch, state.estimator
-        )
+        inner, outer, after = state.inner, state.outer, state.estimator
+        estimate = _estimate(problem, estimator, solve, inner, outer, inner_batches, outer_batch, after)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
         inner, after = estimate.inner, estimate.state
@@ -174,6 +173,4 @@ def _estimate(
     check.dependencies(problem, inner.params, outer, inner_batches, outer_batch)
     estimate = estimator.estimate(problem, solve, inner, outer, inner_batches, outer_batch, state)
     check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", outer)
-    return estimate._replace(
-        info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)},
-    )
+    return estimate._replace(info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)})

@@ -7,9 +7,7 @@ import optax
 from agwm_jax.core import trees
 from agwm_jax.core.adjoint import cotangent_of, update_vjp
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
-from agwm_jax.core.inner import InnerSolve, InnerState
 from agwm_jax.core.precision import precise
-from agwm_jax.core.types import Batch, Problem, Vector
 from agwm_jax.errors import AgwmError
 
 
@@ -47,15 +45,7 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
             "leave step_size out."
         )
 
-    def estimate(
-        problem: Problem,
-        solve: InnerSolve,
-        inner: InnerState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        state,
-    ) -> Estimate:
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
         early, last = (jax.tree.map(lambda x, part=part: x[part], inner_batches) for part in (slice(-1), -1))
         inner, early_losses = solve.run(problem.inner_loss, inner, outer, early)
         loss, grads = jax.value_and_grad(problem.inner_loss)(inner.params, outer, last)
