@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax import Composite, Hypergradient, Problem, hypergrad, linear_solve, mixup_problem
+from agwm_jax import hypergrad, linear_solve
+from agwm_jax.core.bilevel import hypergradient
+from agwm_jax.core.estimators.base import Estimator
 from agwm_jax.core.inner import InnerState, inner_steps
+from agwm_jax.core.mixup import mixup_problem
+from agwm_jax.core.partition import partition
+from agwm_jax.core.types import Composite, Problem
 
 TERMS = (1, 2, 5, 10, 20, 50, 100)
 INNER_STEPS = 100  # that solve the inner problem
@@ -61,7 +66,7 @@ def anchored_mixup(n: int = 60, shape: tuple[int, int] = (10, 2), anchor: float 
         lambda z, batch: 0.5 * jnp.sum((z - batch[1]) ** 2) / n,
     )
     frozen = {"w": jnp.asarray(pretrained)}
-    problem = mixup_problem(loss, frozen, mixed=("w",), anchor=anchor)
+    problem = mixup_problem(loss, partition(frozen, mixed=("w",)), anchor=anchor)
 
     def on(loss, data):
         def fixed(w, alpha, _):
@@ -87,7 +92,7 @@ PROBLEMS: dict[str, Callable[[], Analytic]] = {
 }
 
 
-def curves(case: Analytic) -> Iterator[tuple[str, int, float, list[Hypergradient]]]:
+def curves(case: Analytic) -> Iterator[tuple[str, int, float, list[Estimator]]]:
     """``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken.
 
     The costs are those of the docstrings, to which `tests/core/test_cost.py` holds the programs.
@@ -128,14 +133,11 @@ def analytic_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _estimate(case: Analytic, estimator: Hypergradient, start, outer, num_steps: int) -> np.ndarray:
-    tx = optax.sgd(case.step_size)
-
+def _estimate(case: Analytic, estimator: Estimator, start, outer, num_steps: int) -> np.ndarray:
     @jax.jit
     def run(start, outer):
-        inner = InnerState(start, tx.init(start))
-        state = estimator.init(inner, outer)
-        batches = jnp.zeros(num_steps)
-        return estimator.estimate(case.problem, tx, inner, outer, batches, jnp.zeros(()), state).hypergradient
+        batches, tx = jnp.zeros(num_steps), optax.sgd(case.step_size)
+        found = hypergradient(case.problem, estimator, start, outer, batches, jnp.zeros(()), inner_tx=tx)
+        return found.hypergradient
 
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(run(start, outer))])

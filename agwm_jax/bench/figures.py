@@ -1,4 +1,4 @@
-"""The table and the figures of hypergradient_comparison.py, from its rows alone."""
+"""The table and the figures of experiments/hypergradients.py, from its rows alone."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

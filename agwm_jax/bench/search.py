@@ -9,23 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax import Hypergradient, Problem, bilevel, hypergrad, mixup_problem, project_alpha
+from agwm_jax.bench.timing import peak_bytes
+from agwm_jax.core.bilevel import bilevel
 from agwm_jax.core.cost import matmul_flops
+from agwm_jax.core.estimators.base import Estimator
+from agwm_jax.core.estimators.first_order import first_order
+from agwm_jax.core.mixup import mixup_problem, project_alpha
+from agwm_jax.core.types import Params, Problem
 from agwm_jax.engine.batches import gather
 from agwm_jax.engine.lanes import compiler_options
 from agwm_jax.errors import AgwmError
-from agwm_jax.models.loss import batch_loss
-from agwm_jax.runs.build import Built, build, build_optimizer
-from agwm_jax.runs.finished import columns_on_device
-from agwm_jax.settings.config import Config
+from agwm_jax.methods.interface import Setup
+from agwm_jax.methods.mixup import Mixture
+from agwm_jax.runs.build import build, build_setup, recipe, stream_key
+from agwm_jax.settings.schema import Config
 
 
 class Setting(NamedTuple):
     """The search of a config, taken apart."""
 
-    built: Built
-    problem: Callable[[Any, Any], Problem]
-    """``problem(frozen, anchor)``; the anchor may be traced, so that one program serves all."""
+    pretrained: Params
+    problem: Callable[[Params, Any], Problem]
+    """``problem(pretrained, anchor)``; the anchor may be traced, so that one program serves all."""
     inner_tx: optax.GradientTransformation
     outer_tx: optax.GradientTransformation
     batches: Callable[..., tuple[Any, Any]]
@@ -35,53 +40,58 @@ class Setting(NamedTuple):
     splits: dict[str, Any]
     """The rows that alpha is fitted on, and those of the development split, each as one batch without dropout."""
     learning_rate: float
+    num_steps: int
 
 
 def read_setting(config: Config, needed_steps: int) -> Setting:
-    """Model, data, optimisers and the batches of the first search."""
-    built = build(config)
-    plan = built.method.phases[0].plan
-    if "inner" not in plan:
-        raise AgwmError(f"method.name is {config.method.name}: expected agwm, whose search is what is compared.")
-    if len(plan["inner"]) < needed_steps:
-        raise AgwmError(
-            f"the search has {len(plan['inner'])} outer steps, {needed_steps} are needed: raise search.epochs."
-        )
-    loss = batch_loss(built.pretrained.apply, built.task.kind)
-    mixed = tuple(built.initial.alpha)
-    data = columns_on_device(built.encoded["train"])
+    """Model, data, optimisers and the batches of the first search.
+
+    Raises:
+        AgwmError: the method has no search, or one of fewer steps.
+    """
+    if not hasattr(config.method, "search"):
+        raise AgwmError(f"method.name is {config.method.name}: expected a method with a search, which is compared.")
+    (prepared,) = build(config)
+    setup: Setup = build_setup(
+        recipe(config),
+        prepared.pretrained,
+        prepared.draw.task.kind,
+        seed=prepared.seed,
+        num_examples=prepared.train_size,
+    )
+    search, mixture = config.method.search, Mixture(config.method.mixup, setup)
+    plan = search.plans(setup)[0]
     steps, k = plan["inner"].shape[:2]
+    if steps < needed_steps:
+        raise AgwmError(f"the search has {steps} outer steps, {needed_steps} are needed: raise method.search.epochs.")
+    loss = setup.loss()
+    columns = {name: jax.tree.map(jnp.asarray, each) for name, each in prepared.draw.encoded.items()}
+    key = stream_key(prepared.seed, "dropout")
 
     def batches(step: int, order: int = 0):
-        key = jax.random.fold_in(jax.random.fold_in(built.key, order), step)
-        inner_key, outer_key = jax.random.split(key)
+        inner_key, outer_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, order), step))
         row = np.random.default_rng(order).permutation(steps)[step] if order else step
-        inner = gather(data, jnp.asarray(plan["inner"][row]), inner_key)
-        return inner, gather(data, jnp.asarray(plan["outer"][row]), outer_key)
+        inner = gather(columns["train"], jnp.asarray(plan["inner"][row]), inner_key)
+        return inner, gather(columns["train"], jnp.asarray(plan["outer"][row]), outer_key)
 
-    splits = {"fitted": gather(data, jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
-    if "development" in built.encoded:
-        held_out = columns_on_device(built.encoded["development"])
-        splits["held out"] = gather(held_out, jnp.arange(len(built.encoded["development"].labels)))
+    splits = {"fitted": gather(columns["train"], jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
+    if "development" in columns:
+        held_out = columns["development"]
+        splits["held out"] = gather(held_out, jnp.arange(len(held_out["labels"])))
 
-    def problem(frozen, anchor) -> Problem:
-        return mixup_problem(loss, frozen, mixed=mixed, complement=config.mixup.complement, anchor=anchor)
+    def problem(pretrained: Params, anchor) -> Problem:
+        parts = mixture.partition(pretrained)
+        return mixup_problem(loss, parts, complement=config.method.mixup.complement, anchor=anchor)
 
-    inner_tx = build_optimizer(config.search.inner, num_steps=steps * k)
-    outer_tx = build_optimizer(config.search.outer, num_steps=steps)
+    pretrained = jax.tree.map(jnp.asarray, prepared.pretrained.params)
+    inner_tx = search.inner.build(num_steps=steps * k, weights=setup.model.weights)
+    outer_tx = search.outer.build(num_steps=steps, weights=setup.model.weights)
     solver = bilevel(
-        problem(built.frozen, 0.0), hypergrad.first_order(), inner_tx=inner_tx, outer_tx=outer_tx, project=project_alpha
+        problem(pretrained, 0.0), first_order(), inner_tx=inner_tx, outer_tx=outer_tx, project=project_alpha
     )
-    return Setting(
-        built,
-        problem,
-        inner_tx,
-        outer_tx,
-        batches,
-        solver.init(built.initial.task, built.initial.alpha),
-        splits,
-        config.search.inner.learning_rate,
-    )
+    alpha = mixture.init_alpha(stream_key(prepared.seed, "alpha"), pretrained)
+    start = solver.init(mixture.partition(pretrained).task, alpha)
+    return Setting(pretrained, problem, inner_tx, outer_tx, batches, start, splits, search.inner.learning_rate, steps)
 
 
 class Program(NamedTuple):
@@ -90,54 +100,47 @@ class Program(NamedTuple):
     init_estimator: Callable[[Any], Any]
     """``init_estimator(state) -> state``, with the estimator's own part begun anew."""
     step: Callable[..., Any]
+    """``step(pretrained, anchor, state, inner_batches, outer_batch) -> (state, info)``."""
     bytes: int
-    """Temporaries and the new state, as the compiler reports them."""
+    """At the peak, as the compiler reports it; the state is not donated."""
     cost: float
     """Matrix products, in those of one forward and backward pass."""
     compile_seconds: float
 
 
-def compile_step(setting: Setting, estimator: Hypergradient) -> Program:
-    """Compile ``step(frozen, anchor, state, inner_batches, outer_batch) -> (state, info)``."""
+def compile_step(setting: Setting, estimator: Estimator) -> Program:
+    """Compile the outer step of a search, so that it also gives the hypergradient."""
 
     def estimate(*arguments):
         *given, (state, _) = arguments
         result = estimator.estimate(*given, state)
         return result._replace(state=(result.state, result.hypergradient))
 
-    recording = Hypergradient(
-        lambda inner, outer: (estimator.init(inner, outer), optax.tree.zeros_like(outer)), estimate
+    recording = estimator._replace(
+        init=lambda inner, outer: (estimator.init(inner, outer), optax.tree.zeros_like(outer)),
+        estimate=estimate,
+        retake=None,
     )
 
-    def solver(frozen, anchor):
-        return bilevel(
-            setting.problem(frozen, anchor),
+    def step(pretrained, anchor, state, inner_batches, outer_batch):
+        solver = bilevel(
+            setting.problem(pretrained, anchor),
             recording,
             inner_tx=setting.inner_tx,
             outer_tx=setting.outer_tx,
             project=project_alpha,
-            rollback=False,
         )
+        return solver.step(state, inner_batches, outer_batch)
 
-    def step(frozen, anchor, state, inner_batches, outer_batch):
-        return solver(frozen, anchor).step(state, inner_batches, outer_batch)
-
-    frozen, initial = setting.built.frozen, setting.built.initial
     init_estimator = jax.jit(lambda state: state._replace(estimator=recording.init(state.inner, state.outer)))
-    arguments = (frozen, jnp.float32(0), init_estimator(setting.start), *setting.batches(0))
+    arguments = (setting.pretrained, jnp.float32(0), init_estimator(setting.start), *setting.batches(0))
     began = time.perf_counter()
     compiled = jax.jit(step).lower(*arguments).compile(compiler_options())
     seconds = time.perf_counter() - began
 
-    def plain(frozen, task, alpha, batch):
-        return jax.value_and_grad(setting.problem(frozen, 0.0).outer_loss)(task, alpha, batch)
+    def plain(pretrained, task, alpha, batch):
+        return jax.value_and_grad(setting.problem(pretrained, 0.0).outer_loss)(task, alpha, batch)
 
-    unit = matmul_flops(plain, frozen, initial.task, initial.alpha, arguments[-1])
-    memory = compiled.memory_analysis()
-    return Program(
-        init_estimator,
-        compiled,
-        memory.temp_size_in_bytes + memory.output_size_in_bytes,
-        matmul_flops(step, *arguments) / unit,
-        seconds,
-    )
+    task, alpha = setting.start.inner.params, setting.start.outer
+    unit = matmul_flops(plain, setting.pretrained, task, alpha, arguments[-1])
+    return Program(init_estimator, compiled, peak_bytes(compiled), matmul_flops(step, *arguments) / unit, seconds)

@@ -146,28 +146,31 @@ def seeded(pretrained: Pretrained, seed: int, scale: LabelScale | None) -> Pretr
     return pretrained._replace(params=in_the_labels_unit(pretrained.params, pretrained.model, *inverse))
 
 
-def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int, num_examples: int) -> Method:
-    """The method for one seed; its data order follows from the seed alone, so that methods are paired by seed."""
+def build_setup(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int, num_examples: int) -> Setup:
+    """What a method is built from; its data order follows from the seed alone, so that methods are paired by seed."""
     model, pattern = pretrained.model, recipe.frozen
 
     def loss(*, reverse_only: bool = False) -> Composite:
         return batch_loss(model.apply, kind, reverse_only=reverse_only)
 
-    return recipe.method.build(
-        Setup(
-            model=model,
-            loss=loss,
-            criterion=loss().criterion,
-            kind=kind,
-            shapes={path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in pretrained.params.items()},
-            frozen=() if pattern is None else matching(model.weights, pattern, setting="model.frozen"),
-            finetune=recipe.finetune,
-            batch_size=recipe.data.batch_size,
-            num_examples=num_examples,
-            rng=partial(stream_rng, seed),
-            accumulate=recipe.data.accumulate,
-        )
+    return Setup(
+        model=model,
+        loss=loss,
+        criterion=loss().criterion,
+        kind=kind,
+        shapes={path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in pretrained.params.items()},
+        frozen=() if pattern is None else matching(model.weights, pattern, setting="model.frozen"),
+        finetune=recipe.finetune,
+        batch_size=recipe.data.batch_size,
+        num_examples=num_examples,
+        rng=partial(stream_rng, seed),
+        accumulate=recipe.data.accumulate,
     )
+
+
+def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int, num_examples: int) -> Method:
+    """The method for one seed."""
+    return recipe.method.build(build_setup(recipe, pretrained, kind, seed=seed, num_examples=num_examples))
 
 
 def truncations(reports: Mapping[str, EncodingReport]) -> list[dict[str, str]]:
