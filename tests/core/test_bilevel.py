@@ -71,7 +71,7 @@ def recorder():
 def test_order_of_one_step(name, rollback):
     estimator = ALL[name]
     solver = bilevel(recorder(), estimator, inner_tx=optax.adam(0.1), outer_tx=optax.sgd(1.0), rollback=rollback)
-    state = solver.init(jnp.ones(2), jnp.float32(3))
+    state = solver.init(jnp.ones(5), jnp.float32(3))
     batches, outer_batch = jnp.array([1.0, -2.0]), jnp.float32(0.5)
     after, info = jax.jit(solver.step)(state, batches, outer_batch)
 

@@ -425,7 +425,7 @@ def test_residual_of_a_vanished_outer_gradient_is_finite():
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_estimate_leaves_its_inputs_as_they_are(name):
-    case = ridge()
+    case = ridge(d=5)
     w, penalty = jnp.asarray(case.solution(), jnp.float32), jnp.float32(case.penalty)
     before = np.array(w), np.array(penalty)
     estimate = estimate_at(case.problem, ALL[name], w, penalty, tx=optax.set_to_zero())
@@ -441,7 +441,7 @@ def needs_steps(name):
 @pytest.mark.parametrize("name", ALL)
 def test_the_gradient_at_a_solution_from_elsewhere(x64, name):
     """Ridge solved by NumPy: what an estimator finds there is what it finds after steps that do not move."""
-    case = ridge()
+    case = ridge(d=5)
     w, penalty = jnp.asarray(case.solution()), jnp.asarray(case.penalty)
     if needs_steps(name):
         with pytest.raises(AgwmError, match=r"needs the steps of an inner optimiser, .* pass inner_tx"):

@@ -53,7 +53,7 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
         if precondition:
             update = solve.require_update("finite_difference(precondition=True)")
-            x = trees.scale(-1, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
+            x = trees.scale(-1.0, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
         else:
             x = trees.scale(step_size, v)
         e = radius / trees.divisor(trees.norm(x))  # where x = 0 the response is 0, not 0 / 0
