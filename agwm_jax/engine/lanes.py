@@ -49,12 +49,8 @@ class Lanes:
 
     def __init__(self, group: Group, number: int):
         """Lay out the lanes; nothing is computed yet."""
-        self.stage, self.needs, self._group, self._number = (
-            group.stages[number],
-            group.needs.stages[number],
-            group,
-            number,
-        )
+        self.stage, self.needs = group.stages[number], group.needs.stages[number]
+        self._group, self._number = group, number
         self._count = len(group.members) * len(self.stage)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self._count, *x.shape), x.dtype), self.needs.state)
         self.state = group.abstract(shapes)
@@ -108,6 +104,7 @@ class Lanes:
         key = (
             steps.index(self.stage[0].step),
             self._slots,
+            self._axes,
             chunk_steps,
             jax.tree.structure(arguments),
             *((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(arguments)),
@@ -117,7 +114,7 @@ class Lanes:
         return programs.compiled[key]
 
     def _compile(self, arguments: tuple[Any, ...], chunk_steps: int) -> Program:
-        axes = (0, tuple(self._group.axes([key])[key] for key in self._step_keys), None, 0, 0, None)
+        axes = (0, self._axes, None, 0, 0, None)
         monitor = each_lane(self.stage[0].monitor, (0,), self._count)
 
         def advance(state, held, data, plan, keys, start, stop):
@@ -156,6 +153,11 @@ class Lanes:
     def _step_keys(self) -> tuple[needs.Key, ...]:
         """What the step reads, in the order of the context."""
         return tuple(dict.fromkeys(key for key in jax.tree.leaves(self.needs.sources) if key in self.needs.step))
+
+    @property
+    def _axes(self) -> tuple[int | None, ...]:
+        """Of the arrays of `_step_keys`, as `jax.vmap` takes them."""
+        return tuple(self._group.axes(self._step_keys).values())
 
     @cached_property
     def _slots(self) -> tuple[int | None, ...]:

@@ -31,8 +31,8 @@ def dependence(fn: Callable[..., Any], *args: Any, by_name: bool = False) -> Dep
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((2,), jnp.float32)
-    >>> dependence(lambda a, b, c: {"sum": a + 0 * jnp.sum(b), "same": c, "dead": (b * c, a)[1]}, x, x, x, by_name=True)[:2]
-    ((True, True, False), (0, 2, None))
+    >>> dependence(lambda a, b, c: (a + b, c, (b * c, a)[1]), x, x, x, by_name=True)[:2]
+    ((True, True, False), (None, 2, 0))
     """
     closed, result = jax.make_jaxpr(fn, return_shape=True)(*args)
     jaxpr = closed.jaxpr

@@ -1,5 +1,7 @@
 """What goes side by side, by what the compiler counts."""
 
+import math
+
 import pytest
 
 from agwm_jax.engine import memory
@@ -23,7 +25,7 @@ def choose(programs):
 
     def choice(vectorize, available, *, seed=1, of=members):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "limit", lambda members, placement: available / memory.USABLE)
+            patch.setattr(memory, "limit", lambda members, placement: math.ceil(available / memory.USABLE))
             return memory.choose(
                 of,
                 weights=WEIGHTS,
