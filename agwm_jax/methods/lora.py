@@ -13,6 +13,7 @@ from agwm_jax.methods.interface import METHODS, Method, MethodSettings, Setup, V
 from agwm_jax.methods.training import TASK, finetune_plan, in_layers, replace_weights, training_phase
 from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import matching, of_role
+from agwm_jax.section import Pattern
 
 LORA = "lora"
 """The collection of factors, by the path of the kernel that they change."""
@@ -43,7 +44,7 @@ class Lora(MethodSettings):
     name: Literal["lora"] = Field(default="lora", description="fine-tuning method")
     r: int = Field(default=8, ge=1, description="rank of the change")
     alpha: float = Field(default=16.0, gt=0, description="a; the product of the factors is scaled by a/r")
-    targets: str | None = Field(
+    targets: Pattern | None = Field(
         default=r"(.*\.)?(query|value)\.kernel",
         description="regular expression for the paths of the changed kernels (whole path); null: all kernels",
     )
