@@ -174,7 +174,7 @@ def section_of(factory: Callable[..., Any], name: str, key: str = "name") -> typ
         if registry is not None:
             chosen = None if default is PydanticUndefined else default
             annotation = Annotated[Any, Choice(registry, default=chosen)]
-            default: Any = PydanticUndefined if chosen is None else {}
+            default = PydanticUndefined if chosen is None else {}
         elif not _writable(annotation):
             if default is PydanticUndefined:
                 raise AgwmError(
