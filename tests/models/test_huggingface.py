@@ -252,7 +252,7 @@ def test_weights_of_another_family_are_told_in_short(folder, tmp_path):
 
 def test_more_layers_in_the_file_than_in_the_config(folder):
     change_config(folder, num_hidden_layers=1)
-    with pytest.raises(AgwmError, match=r"not part of the model .*: encoder\.layer\.1\.attention\.self\.query\.weight"):
+    with pytest.raises(AgwmError, match=r"not part of the model .*: encoder\.layer\.1\.attention\..* and 14 more"):
         load_pretrained(folder, num_labels=3)
 
 
