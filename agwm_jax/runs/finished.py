@@ -1,5 +1,6 @@
 """Finished runs in use: scored, asked for predictions, exported; all of them by `Method.merge` and nothing else."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from agwm_jax.runs.folder import read_config, read_result, weights_digest
 from agwm_jax.runs.variables import Origin, load_variables
 from agwm_jax.settings.schema import Config
 
+Place = str | os.PathLike[str]
+
 
 class Run(NamedTuple):
     """A finished run as its folder has it."""
@@ -27,7 +30,7 @@ class Run(NamedTuple):
     model: FittedModel
 
 
-def load_run(folder: Path, *, model: str | None = None) -> Run:
+def load_run(folder: Place, *, model: str | None = None) -> Run:
     """Read a finished run; its task comes without data.
 
     Args:
@@ -37,6 +40,7 @@ def load_run(folder: Path, *, model: str | None = None) -> Run:
     Raises:
         AgwmError: no finished run, a damaged file, or another pretrained model than the run started from.
     """
+    folder = Path(folder)
     config = read_config(folder)
     result = read_result(folder)
     if result is None:
@@ -63,7 +67,7 @@ def load_run(folder: Path, *, model: str | None = None) -> Run:
 
 
 def evaluate(
-    folder: Path, split: str | None = None, file: Path | None = None, *, model: str | None = None
+    folder: Place, split: str | None = None, file: Place | None = None, *, model: str | None = None
 ) -> dict[str, Any]:
     """Score a finished run on a split of its task, or on a labelled file with the same columns.
 
@@ -83,10 +87,8 @@ def evaluate(
     task = run.model.task
     if file is not None:
         texts, label = run.config.task.columns()
-        name, rows = (
-            file.name,
-            read_labelled(file, task, text_columns=texts, label_column=label, separator=run.config.task.separator),
-        )
+        name, separator = Path(file).name, run.config.task.separator
+        rows = read_labelled(file, task, text_columns=texts, label_column=label, separator=separator)
     else:
         name = split or task.report_split
         whole, size = run.config.task.load(), run.config.task.train_size
@@ -99,9 +101,9 @@ def evaluate(
     return {"task": task.name, "split": name, "n": len(logits), "scores": scores, "groups": groups}
 
 
-def predict(folder: Path, texts: Texts, *, model: str | None = None) -> Predictions:
+def predict(folder: Place, texts: Texts, *, model: str | None = None) -> Predictions:
     """What a finished run says of texts; see `FittedModel.predict` and `load_run`."""
-    return load_run(Path(folder), model=model).model.predict(texts)
+    return load_run(folder, model=model).model.predict(texts)
 
 
 def predict_file(folder: Path, input_file: Path, output_file: Path, *, model: str | None = None) -> int:
@@ -130,7 +132,7 @@ def predict_file(folder: Path, input_file: Path, output_file: Path, *, model: st
     return len(found.labels)
 
 
-def export(run: Path, folder: Path, *, model: str | None = None) -> str | None:
+def export(run: Place, folder: Place, *, model: str | None = None) -> str | None:
     """Write the merged model as a Hugging Face folder.
 
     Returns:

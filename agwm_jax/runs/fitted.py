@@ -1,5 +1,6 @@
 """A fine-tuned model: what scores, labels texts and is saved, whether it was just trained or read from a run folder."""
 
+import contextlib
 import math
 import os
 import warnings
@@ -56,13 +57,14 @@ class FittedModel(NamedTuple):
 
     def logits(self, encoded: Encoded) -> Float[np.ndarray, "n c"]:
         """Of every example of an encoded split; of a regression the score in the user's unit."""
-        found = predict_logits(
-            self.pretrained.model.apply,
-            self.params,
-            encoded,
-            batch_size=self.data.eval_batch_size,
-            placement=self.placement,
-        )
+        with contextlib.nullcontext() if self.placement is None else jax.set_mesh(self.placement.mesh):
+            found = predict_logits(
+                self.pretrained.model.apply,
+                self.params,
+                encoded,
+                batch_size=self.data.eval_batch_size,
+                placement=self.placement,
+            )
         return found if self.scale is None else self.scale.undo(found)
 
     def encode(self, split: "datasets.Dataset", what: str) -> Encoded:

@@ -151,12 +151,11 @@ def conclude(
     draw = prepared.draw
     model = FittedModel(draw.task, prepared.pretrained, merge(prepared, learnt), draw.scale, data, placement)
     scores, groups = {}, {}
-    with jax.set_mesh(placement.mesh):
-        for name, encoded in draw.encoded.items():
-            if name != "train":
-                split, logits = draw.task.splits[name], model.logits(encoded)
-                scores[name] = model.scores(split, logits)
-                groups[name] = model.group_scores(split, logits)
+    for name, encoded in draw.encoded.items():
+        if name != "train":
+            split, logits = draw.task.splits[name], model.logits(encoded)
+            scores[name] = model.scores(split, logits)
+            groups[name] = model.group_scores(split, logits)
     warnings = [*truncations(draw.reports), *(x._asdict() for x in prepared.method.warnings(records))]
     groups = {name: found for name, found in groups.items() if found}
     return Result(prepared.seed, model, learnt, scores, groups, list(records), dict(seconds), warnings)

@@ -143,7 +143,7 @@ class _Training:
         shapes = {path: x.shape for path, x in prepared[0].pretrained.params.items()}
         check_model(self.placement, self.weights, shapes, batch_size=config.data.batch_size)
         self.seeds = {one.run.seed: _Seed(one, own) for one, own in zip(configs, prepared, strict=True)}
-        self.prepare_seconds = time.perf_counter() - began
+        self.prepare_seconds, self.compile_seconds = time.perf_counter() - began, 0.0
         self.programs = Programs()
         self.merge: Merge | None = None
 
@@ -167,7 +167,9 @@ class _Training:
             at_once=choice.num_members,
             mesh_seed=self.placement.mesh.shape[SEED],
         )
-        self.prepare_seconds /= sum(map(len, groups))
+        count = sum(map(len, groups))
+        self.prepare_seconds /= count
+        self.compile_seconds = sum(program.seconds for program in self.programs.compiled.values()) / count
         diverged: dict[int, str] = {}
         for group in groups:
             where = checkpoint_folder(output, folders, group)
@@ -209,6 +211,7 @@ class _Training:
                 programs=self.programs,
             )
             spent = {name: value / len(group) for name, value in outcome.seconds.items()}
+            spent["compile"] = spent.get("compile", 0.0) + self.compile_seconds
             beside = {"seeds": len(group), "phases": max(map(len, members[0].method.stages)) if together else 1}
             for number in left:
                 learnt = outcome.learnt[number]
