@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from agwm_jax.bench.programs import Shape, method, prepare
@@ -14,28 +13,7 @@ from agwm_jax.engine.group import Group, Layout, Member
 from agwm_jax.engine.lanes import Lanes, Programs
 from agwm_jax.engine.memory import stage_bytes
 from agwm_jax.engine.sharding import make_placement
-from agwm_jax.models.family import FAMILIES, Options
-
-MODELS: dict[str, tuple[int, int, int, int]] = {  # layers, width, heads, feed-forward width
-    "110 M": (12, 768, 12, 3072),
-    "340 M": (24, 1024, 16, 4096),
-    "1 B": (36, 1536, 24, 6144),
-    "8 B": (40, 4096, 32, 16384),
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "vanilla": {"name": "vanilla"},
-    "lora": {"name": "lora"},
-    "agwm, first_order": {"name": "agwm", "estimator": {"name": "first_order"}},
-    "agwm, unrolled": {"name": "agwm", "estimator": {"name": "unrolled"}},
-}
-MESHES: dict[str, dict[str, Any]] = {
-    "1 device": {"data": 1, "model": 1, "fully_sharded": False},
-    "8: data 8": {"data": 8, "model": 1, "fully_sharded": False},
-    "8: data 8, fully sharded": {"data": 8, "model": 1, "fully_sharded": True},
-    "64: data 32 x model 2, fully sharded": {"data": 32, "model": 2, "fully_sharded": True},
-}
-DEVICES = 64
-"""That the largest of the meshes has: XLA_FLAGS=--xla_force_host_platform_device_count=64, before JAX starts."""
+from agwm_jax.models.family import Options
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
@@ -55,27 +33,36 @@ class Row(NamedTuple):
     compile_seconds: float
 
 
-def rows(models: Sequence[str], *, batch: int, length: int, remat: str) -> Iterator[Row]:
-    """Compile every method for every model and mesh; nothing is allocated and nothing runs."""
-    for model in models:
-        layers, width, heads, inner = MODELS[model]
-        values = {
-            "vocab_size": 30522,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": inner,
-        }
-        shape = Shape("bert", FAMILIES["bert"].value().read_config(values), batch, length)
-        for name, settings in METHODS.items():
-            for mesh, sizes in MESHES.items():
-                yield _row(model, name, mesh, shape, settings, sizes, remat)
+def rows(
+    models: Mapping[str, Shape],
+    methods: Mapping[str, Mapping[str, Any]],
+    meshes: Mapping[str, Mapping[str, Any]],
+    options: Options,
+) -> Iterator[Row]:
+    """Compile every method for every model and mesh; nothing is allocated and nothing runs.
+
+    Args:
+        models: shapes by name.
+        methods: settings by name.
+        meshes: arguments of `make_placement` but for `seed`, by name; of devices that JAX has, real or fake.
+        options: how the models compute.
+    """
+    for model, shape in models.items():
+        for name, settings in methods.items():
+            for mesh, sizes in meshes.items():
+                yield _row(model, name, mesh, shape, settings, sizes, options)
 
 
 def _row(
-    model: str, name: str, mesh: str, shape: Shape, settings: Mapping[str, Any], sizes: Mapping[str, Any], remat: Any
+    model: str,
+    name: str,
+    mesh: str,
+    shape: Shape,
+    settings: Mapping[str, Any],
+    sizes: Mapping[str, Any],
+    options: Options,
 ) -> Row:
-    prepared = prepare(shape, Options(jnp.float32, remat=remat), abstract=True)
+    prepared = prepare(shape, options, abstract=True)
     built = method(prepared, settings)
     examples = prepared.setup.num_examples
     columns = {key: np.zeros((examples, shape.length), np.int32) for key in ("input_ids", "attention_mask")}
