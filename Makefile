@@ -1,5 +1,5 @@
 # quickstart: train on the embedded default and plot it     test: run the tests     parity: compare with PyTorch
-# lint: style, types, layers     ci: all that is checked     clean: remove what these made
+# lint: style, types, layers     docs: build the site     ci: all that is checked     clean: remove what these made
 # PYTHON=/path/to/python3.12 make ... takes that Python. PYTEST_OPTIONS="-n 0 -k config" replaces the options of pytest.
 
 SHELL := /bin/bash
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PYTEST_OPTIONS ?= -n 2 --dist loadfile --durations 10
 PARITY_OPTIONS ?= --durations 5
 
-.PHONY: help quickstart test parity lint ci clean
+.PHONY: help quickstart test parity lint docs ci clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -36,11 +36,15 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site is in site/: open site/index.html"
+
 ci:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build site ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find agwm_jax tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -74,6 +78,10 @@ $(VENV)/.test: $(VENV)/.train
 
 $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	@$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
 # Apart from the other packages, so that `make test` shows that it needs no PyTorch.

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from agwm_jax.models.family import FAMILIES
     from agwm_jax.models.functional import functionalize
     from agwm_jax.models.huggingface import load_pretrained, save_pretrained
-    from agwm_jax.runs import evaluate, export, fit, predict, train
+    from agwm_jax.runs.finished import evaluate, export, predict
+    from agwm_jax.runs.fitting import fit
+    from agwm_jax.runs.run import train
     from agwm_jax.settings import load_config
 
 _HOME = {
@@ -41,7 +43,9 @@ _HOME = {
     "data.sources.base": "TASK_SOURCES",
     "metrics": "METRICS",
     "settings": "load_config",
-    "runs": "evaluate export fit predict train",
+    "runs.finished": "evaluate export predict",
+    "runs.fitting": "fit",
+    "runs.run": "train",
 }
 """Which module gives which public names."""
 

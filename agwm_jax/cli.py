@@ -1,8 +1,10 @@
 """The command line: what is typed becomes one call of the library, what goes wrong one sentence and an exit code."""
 
 import argparse
-import errno
+import contextlib
+import importlib
 import os
+import re
 import statistics
 import sys
 import textwrap
@@ -13,27 +15,52 @@ from pathlib import Path
 from typing import Any
 
 from agwm_jax.errors import AgwmError
+from agwm_jax.explain import UNEXPECTED, explain
 
-_TRAIN_USAGE = "agwm train [--config FILE] [--nested.setting VALUE ...] [--coordinator ADDRESS] [--debug]"
-
-OK, UNEXPECTED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-
-_DISK_FAULTS = {
-    errno.ENOSPC: "the disk is full; free some space and run the same command again, it continues where it was saved",
-    errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-    errno.EROFS: "the disk is read-only; choose another folder with --output",
-    errno.EACCES: "no permission; choose another folder or change its permissions",
-    errno.EPERM: "not permitted; choose another folder or change its permissions",
-    errno.ENOENT: "no such file or folder",
-    errno.EEXIST: "exists already",
-    errno.ENOTDIR: "a part of this path is a file, not a folder",
-    errno.EISDIR: "a folder, where a file is needed",
+_REGISTRIES = {
+    "methods": ("agwm_jax.methods.interface", "METHODS"),
+    "estimators": ("agwm_jax.core.estimators.base", "ESTIMATORS"),
+    "solvers": ("agwm_jax.core.solvers.base", "SOLVERS"),
+    "families": ("agwm_jax.models.family", "FAMILIES"),
+    "tasks": ("agwm_jax.data.sources.base", "TASK_SOURCES"),
+    "metrics": ("agwm_jax.metrics", "METRICS"),
 }
+_TRAIN_HELP = """\
+usage: agwm train [--config FILE] [--SECTION.SETTING VALUE ...] [--coordinator ADDRESS]
+
+Train as the settings say: the config file's, changed by those given here; without either, the defaults.
+A run that was interrupted continues when the same command is given again.
+
+options:
+  --config FILE            settings as YAML, by section
+  --seed N                 short for --run.seed
+  --seeds '[0, 1, 2]'      short for --run.seeds: several runs, one a seed
+  --output FOLDER          short for --run.output
+  --model PATH             short for --model.path: minilm, a folder, or a hub id
+  --method NAME            short for --method.name; `agwm list methods` says which there are
+  --debug                  show the traceback of an error
+
+sections of settings, given as --section.setting VALUE, where VALUE is written as in YAML (2e-5, true, null, '[0, 1]'):
+{sections}
+
+Relative paths in a config are relative to it, those given here to the working directory.
+`agwm settings` lists all settings with their defaults, `agwm settings learning rate` those that these words are about.
+
+several processes, as on several hosts, are one run when each gets the same command and --coordinator:
+  --coordinator auto       as SLURM (srun agwm train ... --coordinator auto), Open MPI or a TPU pod says
+  --coordinator HOST:PORT --num-processes N --process-id I
+                           by hand; process 0 runs on HOST
+--mesh.data all then takes the devices of all of them; the run folder must be one that all can reach.
+"""
+
+OK, INTERRUPTED = 0, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (default: what was typed) and return its exit code: 0 done, 1 a bug, 2 a mistake, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.suppress(AttributeError):  # a stream of another kind, as in a notebook, can print everything
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     code = _guarded(arguments)
     processes = sys.modules.get("agwm_jax.engine.processes")
     if code != OK and processes is not None:
@@ -59,7 +86,7 @@ def _guarded(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        text, code = _explain(error)
+        text, code = explain(error)
         print(f"agwm: {text}", file=sys.stderr)
         return code
 
@@ -92,11 +119,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     group = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     train = group.add_parser(
-        "train",
-        help="train as a config says, or continue the same run",
-        usage=_TRAIN_USAGE,
-        add_help=False,
-        **options,
+        "train", help="train as a config says, or continue the same run", add_help=False, **options
     )
     train.add_argument("--config", type=Path)
     train.add_argument("--coordinator")
@@ -104,23 +127,32 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--process-id", type=int)
     train.add_argument("-h", "--help", action="store_true")
 
+    settings = group.add_parser("settings", help="list the settings of train", **options)
+    settings.add_argument(
+        "words", metavar="PATTERN", nargs="*", help="regular expressions, all of which a setting is to match"
+    )
+
+    listing = group.add_parser("list", help="list what can be chosen, by kind", **options)
+    listing.add_argument("kind", nargs="?", choices=_REGISTRIES, help="what to list, with cost and paper")
+
     evaluate = group.add_parser("eval", help="score a finished run", **options)
-    evaluate.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    predict = group.add_parser("predict", help="label the texts of a file", **options)
+    export = group.add_parser("export", help="write a Hugging Face folder with what was learnt merged in", **options)
+    for command in (evaluate, predict, export):
+        command.add_argument("run", metavar="RUN", type=Path, help="run folder")
+        command.add_argument("--model", metavar="PATH", help="where the pretrained model is now, if it has moved")
     evaluate.add_argument("--split", help="split of the run's task (default: the one its result reports)")
     evaluate.add_argument("--file", type=Path, help="labelled file with the columns of the task, instead of a split")
-
-    predict = group.add_parser("predict", help="label the texts of a file", **options)
-    predict.add_argument("run", metavar="RUN", type=Path, help="run folder")
     predict.add_argument("input", metavar="INPUT", type=Path, help="file with the text columns of the run's task")
     predict.add_argument("output", metavar="OUTPUT", type=Path, help="file for the labels and probabilities")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
 
     report = group.add_parser("report", help="tables and plots of finished runs", **options)
     report.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders of them")
     report.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
-
-    export = group.add_parser("export", help="write a Hugging Face folder with alpha merged in", **options)
-    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
+    report.add_argument(
+        "--baseline", default="vanilla", help="method that the others are compared with (default: vanilla)"
+    )
     return parser, group.choices
 
 
@@ -128,12 +160,15 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
 
 def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
-    if parsed.help:
-        print("\n".join(_train_help()))
-        return OK
-    from agwm_jax.settings.config import load_config
+    from agwm_jax.settings import Config, load_config, use_deterministic_kernels
 
+    if parsed.help:
+        sections = (f"  {name:<23}  {field.description}" for name, field in Config.model_fields.items())
+        print(_TRAIN_HELP.format(sections="\n".join(sections)), end="")
+        return OK
     config = load_config(parsed.config, overrides)
+    if config.run.deterministic:
+        use_deterministic_kernels()
     _connect(parsed)
     from agwm_jax.engine import processes
     from agwm_jax.runs.run import train_seeds
@@ -146,7 +181,7 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
     if config.run.seeds is None:
         print(f"{what} = {scores[0]:.4f}")
     else:
-        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        spread = f" +- {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         each = ", ".join(f"{result['seed']}: {result['score']:.4f}" for result in results)
         print(f"{what} = {statistics.mean(scores):.4f}{spread} (by seed {each})")
     print(f"run folder: {config.run.output}")
@@ -171,16 +206,16 @@ def _connect(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
     if parsed.split is not None and parsed.file is not None:
         raise AgwmError("--split and --file exclude each other: score a split of the run's task, or a file")
-    from agwm_jax.runs.evaluate import evaluate_run
+    from agwm_jax.runs.finished import evaluate
 
-    print("\n".join(_table(evaluate_run(parsed.run, parsed.split, parsed.file))))
+    print("\n".join(_table(evaluate(parsed.run, parsed.split, parsed.file, model=parsed.model))))
     return OK
 
 
 def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.runs.evaluate import predict_run
+    from agwm_jax.runs.finished import predict_file
 
-    count = predict_run(parsed.run, parsed.input, parsed.output)
+    count = predict_file(parsed.run, parsed.input, parsed.output, model=parsed.model)
     print(f"{count} predictions: {parsed.output}")
     return OK
 
@@ -188,48 +223,53 @@ def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
 def _report(parsed: argparse.Namespace, _: list[str]) -> int:
     from agwm_jax.report import write_report
 
-    report = write_report(parsed.runs, parsed.output)
+    report = write_report(parsed.runs, parsed.output, baseline=parsed.baseline)
     print(f"{report.markdown}\nreport: {report.files[0]}")
     return OK
 
 
 def _export(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.runs.evaluate import export_run
+    from agwm_jax.runs.finished import export
 
-    deviation = export_run(parsed.run, parsed.folder)
+    deviation = export(parsed.run, parsed.folder, model=parsed.model)
     print(f"exported: {parsed.folder}")
     if deviation is not None:
         warnings.warn(f"transformers will not give the same logits: {deviation}", stacklevel=1)
     return OK
 
 
-def _train_help() -> Iterator[str]:
-    from agwm_jax.settings.words import all_settings
+def _settings(parsed: argparse.Namespace, _: list[str]) -> int:
+    from agwm_jax.settings import all_settings
 
-    yield f"usage: {_TRAIN_USAGE}"
-    yield ""
-    yield "Train as the settings say: the config file's, changed by those given here; without either, the defaults."
-    yield "A run that was interrupted continues when the same command is given again."
-    yield "Short: --seed (run.seed), --seeds (run.seeds), --output (run.output), --model (model.path),"
-    yield "--method (method.name)."
-    yield ""
-    yield "Several processes, as on several hosts, are one run when each gets the same command and --coordinator:"
-    yield "  --coordinator auto: as SLURM (srun agwm train ... --coordinator auto), Open MPI or a TPU pod says"
-    yield "  --coordinator HOST:PORT --num-processes N --process-id I: process 0 runs on HOST"
-    yield "mesh.data all then takes the devices of all of them; the run folder must be one that all can reach."
-    section, shown = "", set()
-    for setting in all_settings():
-        heading = setting.path.split(".")[0] + (f", with {setting.needs}" if setting.needs else "")
-        if setting.needs.split("=")[0] == setting.path:
-            continue  # the choice itself: the heading says it
-        if heading != section:
-            section = heading
-            yield from ("", f"{heading}:")
-        yield f"  --{setting.path} ({setting.default})"
-        if setting.path not in shown or setting.needs:
-            text = f"{setting.description}; {setting.allowed}"
-            yield from textwrap.wrap(text, 120, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        shown.add(setting.path)
+    try:
+        patterns = [re.compile(word, re.IGNORECASE) for word in parsed.words]
+    except re.error as error:
+        raise AgwmError(f"{' '.join(parsed.words)}: not a regular expression ({error})") from None
+    found = [s for s in all_settings() if all(pattern.search(" ".join(s)) for pattern in patterns)]
+    if not found:
+        raise AgwmError(f"no setting is about {' '.join(parsed.words)}; `agwm settings` without a pattern lists all")
+    heading = ""
+    for setting in found:
+        if heading != (heading := f"with {setting.needs}" if setting.needs else "always"):
+            print(f"\n{heading}:")
+        print(f"  --{setting.path} ({setting.default})")
+        text = f"{setting.description}; {setting.allowed}"
+        print(textwrap.fill(text, 120, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False))
+    return OK
+
+
+def _list(parsed: argparse.Namespace, _: list[str]) -> int:
+    for kind in [parsed.kind] if parsed.kind else _REGISTRIES:
+        module, name = _REGISTRIES[kind]
+        registry = getattr(importlib.import_module(module), name)
+        if not parsed.kind:
+            print(textwrap.fill(f"{kind}: {', '.join(registry)}", 120, subsequent_indent="  "))
+            continue
+        for entry in registry.entries():
+            facts = [f"{name}: {fact}" for name, fact in entry.facts.items() if isinstance(fact, str | int)]
+            text = " ".join([entry.summary, *([f"({'; '.join(facts)})"] if facts else [])])
+            print(textwrap.fill(text, 120, initial_indent=f"{entry.name:<24}", subsequent_indent=" " * 24))
+    return OK
 
 
 def _table(value: dict[str, Any]) -> Iterator[str]:
@@ -246,32 +286,3 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flatten(entry, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", entry
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """The sentence and the exit code for an error that reached the command line."""
-    for cause in _causes(error):
-        if isinstance(cause, AgwmError):
-            return str(cause), MISTAKE
-    for cause in _causes(error):
-        if isinstance(cause, OSError):
-            place = f"{cause.filename}: " if cause.filename else ""
-            reason = _DISK_FAULTS.get(cause.errno or 0) or cause.strerror or " ".join(str(cause).split())
-            return f"{place}{reason}", MISTAKE
-        # The checkpoint library reports a full disk from C++, as a text in another kind of exception.
-        if "No space left on device" in str(cause):
-            return _DISK_FAULTS[errno.ENOSPC], MISTAKE
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory; say --run.vectorize none, or lower --data.batch_size or --data.max_length", MISTAKE
-    missing = getattr(error, "name", None)
-    if isinstance(error, ModuleNotFoundError) and missing and not missing.startswith("agwm_jax"):
-        return f"the package {missing} is not installed; pip install 'agwm-jax[train]'", MISTAKE
-    first_line = next(iter(str(error).strip().splitlines()), "no message")
-    return f"unexpected {type(error).__name__}: {first_line}; run again with --debug to see where", UNEXPECTED
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__

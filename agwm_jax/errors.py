@@ -1,4 +1,7 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistake, and the hint at the nearest name in their sentences."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class AgwmError(ValueError):
@@ -10,3 +13,14 @@ class AgwmError(ValueError):
 
 class Diverged(AgwmError):
     """A loss is not finite any longer: of a run, of all that went side by side, or of some seeds."""
+
+
+def nearest(value: object, known: Iterable[str]) -> str | None:
+    """The known name that `value` is most like, if it is like one."""
+    return next(iter(difflib.get_close_matches(str(value), list(known), n=1)), None)
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """The end of a sentence: ``; did you mean X?`` with the nearest known name, or nothing."""
+    name = nearest(value, known)
+    return f"; did you mean {name}?" if name else ""

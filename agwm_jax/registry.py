@@ -1,13 +1,12 @@
 """Named things of one kind: each is registered by the file that defines it, and no other file names it."""
 
-import difflib
 import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from agwm_jax.errors import AgwmError
+from agwm_jax.errors import AgwmError, did_you_mean
 
 T = TypeVar("T")
 
@@ -74,8 +73,7 @@ class Registry(Generic[T]):
         """
         self._search()
         if name not in self._entries:
-            near = difflib.get_close_matches(str(name), self._entries, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            hint = did_you_mean(name, self._entries) or "."
             raise AgwmError(f"there is no {self.kind} {name!r}{hint} There are {', '.join(self)}.")
         return self._entries[name]
 
@@ -101,12 +99,25 @@ class Registry(Generic[T]):
     def _search(self) -> None:
         if self._searched:
             return
-        self._searched = True
+        self._searched = True  # before the imports: a file that registers itself may ask for others
+        try:
+            self._import()
+        except BaseException:
+            self._searched = False
+            raise
+
+    def _import(self) -> None:
         package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             importlib.import_module(f"{self._package}.{module.name}")
         for point in importlib.metadata.entry_points(group=f"agwm_jax.{self.plural}"):
-            point.load()
+            try:
+                point.load()
+            except ImportError as error:
+                raise AgwmError(
+                    f"the {self.kind} {point.name!r} of another package cannot be loaded: {point.value}: {error}; "
+                    "repair or uninstall that package."
+                ) from error
 
 
 def _where(value: Any) -> str:

@@ -9,14 +9,12 @@ split over two seeds; no method is tuned after that, and all make equally many p
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
-from compare_methods import METHODS, run_all
-
-from agwm_jax.errors import AgwmError
+from agwm_jax import AgwmError
 from agwm_jax.report import write_report
+from agwm_jax.runs.compare import compare
 
 TASKS = ("stsb", "citation_intent", "rte", "cola")
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -28,6 +26,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--output", type=Path, default=Path("runs/low_resource"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--methods", nargs="+", default=["vanilla", "frozen_alpha", "agwm"])
     parser.add_argument("--learning-rates", nargs="+", default=["1e-4", "3e-4"])
     parser.add_argument("--tuning-seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -35,24 +34,21 @@ def main() -> int:
     folders = []
     try:
         for task in arguments.tasks:
-            config, files = CONFIGS / f"{task}_300.yaml", _files(arguments.data / task)
-            common = [*files, "--run.save_weights", "false", *settings]
+            config = CONFIGS / f"{task}_300.yaml"
+            common = [*_files(arguments.data / task), "--run.save_weights", "false", *settings]
+
+            def run(methods, seeds, rate, name, config=config, common=common) -> list[Path]:
+                rates = ["--finetune.optimizer.learning_rate", rate, "--agwm.search.inner.learning_rate", rate]
+                return compare(config, methods, seeds, arguments.output / name, [*common, *rates], equal_passes=True)
+
+            everything = ["vanilla", *(method for method in arguments.methods if method != "vanilla")]
             scores = {}
             for rate in arguments.learning_rates:
-                trial = arguments.output / f"tune-{task}-{rate}"
-                at_rate = [*common, "--finetune.optimizer.learning_rate", rate]
-                runs = run_all(config, ["vanilla"], arguments.tuning_seeds, trial, at_rate, equal_passes=True)
-                scores[rate] = sum(_development_score(run) for run in runs) / len(runs)
+                runs = run(["vanilla"], arguments.tuning_seeds, rate, f"{task}/tune-{rate}")
+                scores[rate] = sum(map(_development_score, runs)) / len(runs)
             best = max(scores, key=scores.__getitem__)
             print(f"{task}: development score by learning rate {scores}, chosen {best}", flush=True)
-            if not (arguments.output / task / "vanilla").exists():  # the runs at the chosen rate need not be repeated
-                shutil.copytree(
-                    arguments.output / f"tune-{task}-{best}" / "vanilla", arguments.output / task / "vanilla"
-                )
-            rates = ["--finetune.optimizer.learning_rate", best, "--search.inner.learning_rate", best]
-            folders += run_all(
-                config, METHODS, arguments.seeds, arguments.output / task, [*common, *rates], equal_passes=True
-            )
+            folders += run(everything, arguments.seeds, best, f"{task}/rate-{best}")
         report = write_report(folders, arguments.output / "report")
     except AgwmError as error:
         print(f"low_resource: {error}", file=sys.stderr)

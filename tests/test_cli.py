@@ -25,8 +25,8 @@ def library(monkeypatch):
 
     def module(path: str, *names: str) -> None:
         def function(name):
-            def noted(*arguments):
-                calls.append((name, *arguments))
+            def noted(*arguments, **options):
+                calls.append((name, *arguments, *options.values()))
                 if isinstance(answer.get(name), BaseException):
                     raise answer[name]
                 return answer.get(name)
@@ -39,7 +39,7 @@ def library(monkeypatch):
         monkeypatch.setitem(sys.modules, path, stand_in)
 
     module("agwm_jax.runs.run", "train_seeds")
-    module("agwm_jax.runs.evaluate", "evaluate_run", "predict_run", "export_run")
+    module("agwm_jax.runs.finished", "evaluate", "predict_file", "export")
     module("agwm_jax.report", "write_report")
     return types.SimpleNamespace(calls=calls, answer=answer)
 
@@ -53,9 +53,12 @@ def test_train_gets_the_config_with_its_overrides(library, capsys, tmp_path):
     library.answer["train_seeds"] = [RESULT]
     path = tmp_path / "c.yaml"
     path.write_text("run: {seed: 1}")
-    assert main(["train", "--config", str(path), "--search.num_splits", "5", "--output", str(tmp_path / "run")]) == 0
+    assert (
+        main(["train", "--config", str(path), "--method.search.num_splits", "5", "--output", str(tmp_path / "run")])
+        == 0
+    )
     ((name, config),) = library.calls
-    assert (name, config.run.seed, config.search.num_splits) == ("train_seeds", 1, 5)
+    assert (name, config.run.seed, config.method.search.num_splits) == ("train_seeds", 1, 5)
     printed = capsys.readouterr().out
     assert "matthews on validation = 0.2500" in printed
     assert str(tmp_path / "run") in printed
@@ -71,30 +74,33 @@ def test_several_seeds_are_summed_up(library, capsys):
     library.answer["train_seeds"] = [RESULT, {**RESULT, "seed": 4, "score": 0.35}]
     assert main(["train", "--seeds", "[1, 4]"]) == 0
     assert library.calls[0][1].run.seeds == (1, 4)
-    assert "matthews on validation = 0.3000 ± 0.0707 (by seed 1: 0.2500, 4: 0.3500)" in capsys.readouterr().out
+    assert "matthews on validation = 0.3000 +- 0.0707 (by seed 1: 0.2500, 4: 0.3500)" in capsys.readouterr().out
     assert main(["train", "--seeds", "[1, 1]"]) == 2
     assert "run.seeds: got [1, 1]; a seed may occur once" in capsys.readouterr().err
 
 
 def test_a_negative_value_is_a_value(library, capsys):
-    assert main(["train", "--search.anchor", "-0.1"]) == 2
-    assert "search.anchor: got -0.1" in capsys.readouterr().err
+    assert main(["train", "--method.search.anchor", "-0.1"]) == 2
+    assert "method.search.anchor: got -0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        (["eval", "r"], ("evaluate_run", Path("r"), None, None)),
-        (["eval", "r", "--split", "test"], ("evaluate_run", Path("r"), "test", None)),
-        (["eval", "r", "--file", "f.csv"], ("evaluate_run", Path("r"), None, Path("f.csv"))),
-        (["predict", "r", "in.csv", "out.csv"], ("predict_run", Path("r"), Path("in.csv"), Path("out.csv"))),
-        (["report", "r", "s"], ("write_report", [Path("r"), Path("s")], Path("report"))),
-        (["report", "r", "--output", "o"], ("write_report", [Path("r")], Path("o"))),
-        (["export", "r", "f"], ("export_run", Path("r"), Path("f"))),
+        (["eval", "r"], ("evaluate", Path("r"), None, None, None)),
+        (["eval", "r", "--split", "test"], ("evaluate", Path("r"), "test", None, None)),
+        (["eval", "r", "--file", "f.csv"], ("evaluate", Path("r"), None, Path("f.csv"), None)),
+        (["eval", "r", "--model", "m"], ("evaluate", Path("r"), None, None, "m")),
+        (["predict", "[r]*", "i{}", "o?"], ("predict_file", Path("[r]*"), Path("i{}"), Path("o?"), None)),
+        (["predict", "r", "i", "o", "--model", "m"], ("predict_file", Path("r"), Path("i"), Path("o"), "m")),
+        (["export", "r", "f"], ("export", Path("r"), Path("f"), None)),
+        (["export", "r", "f", "--model", "m"], ("export", Path("r"), Path("f"), "m")),
+        (["report", "r", "s"], ("write_report", [Path("r"), Path("s")], Path("report"), "vanilla")),
+        (["report", "r", "--output", "o", "--baseline", "b"], ("write_report", [Path("r")], Path("o"), "b")),
     ],
 )
 def test_each_command_makes_its_call(library, arguments, call):
-    library.answer["evaluate_run"] = {"accuracy": 0.5}
+    library.answer["evaluate"] = {"accuracy": 0.5}
     library.answer["write_report"] = types.SimpleNamespace(markdown="", files=[Path("report/report.md")])
     assert main(arguments) == 0
     assert library.calls == [call]
@@ -107,7 +113,7 @@ def test_a_report_is_printed_with_its_place(library, capsys):
 
 
 def test_a_warning_is_one_sentence_without_a_place_in_the_code(library, capsys):
-    library.answer["export_run"] = "mean pooling"
+    library.answer["export"] = "mean pooling"
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert main(["export", "r", "f"]) == 0
@@ -115,7 +121,7 @@ def test_a_warning_is_one_sentence_without_a_place_in_the_code(library, capsys):
 
 
 def test_scores_are_a_table(library, capsys):
-    library.answer["evaluate_run"] = {"accuracy": 0.51234, "groups": {"reflexive": {"accuracy": 1.0, "n": 12}}}
+    library.answer["evaluate"] = {"accuracy": 0.51234, "groups": {"reflexive": {"accuracy": 1.0, "n": 12}}}
     main(["eval", "r"])
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["accuracy", "0.5123"],
@@ -181,18 +187,41 @@ def test_a_split_and_a_file_exclude_each_other(library, capsys):
     assert "exclude each other" in capsys.readouterr().err
 
 
-def test_help_of_train_lists_every_setting(capsys):
-    from agwm_jax.settings.words import all_settings
+def test_help_of_train_fits_a_screen_and_names_every_section(capsys):
+    from agwm_jax.settings import Config
 
     assert main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    assert set(Config.model_fields) <= {line.split()[0] for line in lines if line.strip()}
+
+
+def test_settings_lists_all_and_those_that_match(capsys):
+    from agwm_jax.settings import all_settings
+
+    assert main(["settings"]) == 0
     printed = capsys.readouterr().out
-    choices = {"task.source", "hypergradient.estimator"}
-    assert [
-        s.path for s in all_settings() if s.path not in choices and f"--{s.path} ({s.default})" not in printed
-    ] == []
-    assert "task.source=local" in printed
-    assert "hypergradient.estimator=neumann" in printed
-    assert max(map(len, printed.splitlines())) < 125
+    assert [s.path for s in all_settings() if f"  --{s.path} ({s.default})\n" not in printed] == []
+    assert "with method.name=agwm, method.estimator.name=implicit, method.estimator.solver.name=neumann:" in printed
+    assert main(["settings", "^finetune", "LEARNING"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "--" in line] == [
+        "  --finetune.optimizer.learning_rate (2.0e-05)"
+    ]
+    assert main(["settings", "no_such_setting"]) == 2
+    assert main(["settings", "(a"]) == 2
+    assert "not a regular expression" in capsys.readouterr().err
+
+
+def test_list_shows_what_is_registered(capsys):
+    assert main(["list"]) == 0
+    kinds = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
+    assert set(kinds) == {"methods", "estimators", "solvers", "families", "tasks", "metrics"}
+    assert {"agwm", "vanilla"} <= set(kinds["methods"].split(", "))
+    for kind in kinds:
+        assert main(["list", kind]) == 0
+        first = capsys.readouterr().out.split()[0]
+        assert first == kinds[kind].split(", ")[0]
 
 
 def test_without_a_command_the_help_is_printed(capsys):
@@ -202,11 +231,11 @@ def test_without_a_command_the_help_is_printed(capsys):
 
 def test_a_wrong_setting_in_a_real_process_leaves_no_traceback(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("search: {epoch: 3}")
+    path.write_text("finetune: {epoch: 3}")
     answer = agwm("train", "--config", path)
     assert answer.returncode == 2
     assert answer.stdout == ""
-    assert answer.stderr.splitlines()[-1].startswith(f"agwm: {path}: search.epoch: unknown setting; did you mean")
+    assert answer.stderr.splitlines()[-1].startswith(f"agwm: {path}: finetune.epoch: unknown setting; did you mean")
     assert "Traceback" not in answer.stderr
     assert "Traceback" in agwm("train", "--config", path, "--debug").stderr
 
@@ -234,6 +263,51 @@ def test_ctrl_c_in_a_real_process_ends_with_130():
     assert process.stdout.readline() == "started\n"
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert errors == "agwm: interrupted\n"
+
+
+def test_a_stream_that_cannot_print_a_character_prints_something():
+    program = "from agwm_jax.cli import main; main([]); print('ä±')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (answer.returncode, answer.stdout.splitlines()[-1]) == (0, r"\xe4\xb1")
+
+
+def test_a_platform_that_is_not_there_is_named_with_those_that_are():
+    program = (
+        "import sys, types\n"
+        "from agwm_jax.cli import main\n"
+        "def export(*arguments, **options):\n    import jax; jax.devices()\n"
+        "sys.modules['agwm_jax.runs.finished'] = types.SimpleNamespace(export=export)\n"
+        "sys.exit(main(['export', 'r', 'f']))"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 2
+    assert "JAX_PLATFORMS=cuda asks for devices that JAX does not find here; it finds cpu: unset" in answer.stderr
+
+
+def test_deterministic_kernels_are_asked_for_before_a_device_starts(library, monkeypatch, capsys):
+    from jax._src import xla_bridge
+
+    library.answer["train_seeds"] = [RESULT]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_x=1")
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
+    assert main(["train"]) == 0
+    assert os.environ["XLA_FLAGS"] == "--xla_x=1"
+    for _ in range(2):
+        assert main(["train", "--run.deterministic", "true"]) == 0
+        assert os.environ["XLA_FLAGS"] == "--xla_x=1 --xla_gpu_deterministic_ops=true"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: True)
+    assert main(["train", "--run.deterministic", "true"]) == 2
+    assert "started its devices already" in capsys.readouterr().err
+
+
+def test_help_needs_no_library():
+    program = "import sys; from agwm_jax.cli import main; main(['--help']); print(*sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(answer.stdout.splitlines()[-1].split())
+    assert not loaded & {"jax", "numpy", "pydantic", "yaml", "optax"}

@@ -66,10 +66,10 @@ def test_constant_scores(constant):
     ("names", "logits", "labels", "message"),
     [
         (("accuracy",), np.array([[0.0, 1.0], [np.nan, 0.0], [np.inf, 0.0]]), np.array([0, 1, 1]), "2 of 3.*example 1"),
-        (("acuracy",), np.zeros((2, 2)), np.array([0, 1]), "'acuracy' is not a metric"),
+        (("acuracy",), np.zeros((2, 2)), np.array([0, 1]), "there is no metric 'acuracy'; did you mean accuracy"),
         (("pearson",), np.zeros((2, 2)), np.array([0, 1]), "no metric for classification"),
         (("accuracy",), np.zeros((2, 1)), np.array([0.0, 1.0]), "no metric for regression"),
-        (("f1",), np.zeros((2, 3)), np.array([0, 1]), "'f1' needs two classes, the task has 3"),
+        (("f1",), np.zeros((2, 3)), np.array([0, 1]), "'f1' needs 2 classes, the task has 3: take accuracy, macro_f1, matthews"),
         (("accuracy",), np.zeros((0, 2)), np.array([], int), "no examples"),
     ],
 )

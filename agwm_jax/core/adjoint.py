@@ -6,12 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Literal
 
 from agwm_jax.core.inner import InnerState
 from agwm_jax.core.types import Vector
 
 _ROOTS = ("sqrt", "rsqrt", "cbrt", "pow")
+
+_STEEP = 1e30
+"""A slope above it is none: a square root's is below it at any float32 but 0, that of an inverse root not at the 1e-30
+that an Adafactor adds to squares which are 0."""
 
 
 def update_vjp(
@@ -52,7 +56,7 @@ def _with_floats(tree: Any, floats: Any) -> Any:
 
 
 def _guarded(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` for differentiation alone: a root without a derivative is taken for a huge constant, its inverse for 0.
+    """`fn` for differentiation alone: a root without a slope is taken for a huge constant, an inverse root for 0.
 
     What divides by such a root so has derivative 0. Comparisons and step counts see the true values.
     """
@@ -101,17 +105,15 @@ def _apply(equation, at_true: list, at: list) -> tuple[list, list]:
 
         return jax.lax.switch(at_true[0], [branch(closed) for closed in params["branches"]], (at_true[1:], at[1:]))
 
-    variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, Literal)))
-    alone = jaxpr_as_fun(ClosedJaxpr(Jaxpr((), variables, equation.outvars, [equation]), ()))
-
     def bind(operands):
-        return alone(*[operands[equation.invars.index(variable)] for variable in variables])
+        out = equation.primitive.bind(*operands, **equation.primitive.get_bind_params(params))
+        return out if equation.primitive.multiple_results else [out]
 
     exact = bind(at_true)
     if kind not in _ROOTS or not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
         return exact, bind(at)
     _, slope = jax.jvp(lambda x: bind([x, *at_true[1:]])[0], (at_true[0],), (jnp.ones_like(at_true[0]),))
-    smooth = jnp.isfinite(slope)
-    huge = jnp.finfo(exact[0].dtype).max ** 0.5
+    smooth = jnp.abs(slope) < _STEEP
+    huge = float(jnp.finfo(exact[0].dtype).max) ** 0.5
     constant = jnp.where(exact[0] < 1, huge, 0).astype(exact[0].dtype)
     return exact, [jnp.where(smooth, bind([jnp.where(smooth, at[0], 1), *at[1:]])[0], constant)]

@@ -35,8 +35,8 @@ class BilevelSolver(NamedTuple):
 def hypergradient(
     problem: Problem,
     estimator: Estimator,
-    inner: Vector | InnerState,
-    outer: Vector,
+    inner: PyTree | InnerState,
+    outer: PyTree,
     inner_batches: Batch,
     outer_batch: Batch,
     *,
@@ -134,7 +134,7 @@ def bilevel(
     check.estimator(estimator)
     solve = optimizer_steps(inner_tx)
 
-    def init(inner_params: Vector, outer: Vector) -> BilevelState:
+    def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
         inner_params, outer = jax.tree.map(lambda x: jnp.array(x, copy=True), (inner_params, outer))
         projected = project(outer)
@@ -143,9 +143,8 @@ def bilevel(
         return BilevelState(inner, projected, outer_tx.init(projected), estimator.init(inner, projected))
 
     def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch) -> tuple[BilevelState, Info]:
-        estimate = _estimate(
-            problem, estimator, solve, state.inner, state.outer, inner_batches, outer_batch, state.estimator
-        )
+        inner, outer, after = state.inner, state.outer, state.estimator
+        estimate = _estimate(problem, estimator, solve, inner, outer, inner_batches, outer_batch, after)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
         inner, after = estimate.inner, estimate.state
@@ -174,6 +173,4 @@ def _estimate(
     check.dependencies(problem, inner.params, outer, inner_batches, outer_batch)
     estimate = estimator.estimate(problem, solve, inner, outer, inner_batches, outer_batch, state)
     check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", outer)
-    return estimate._replace(
-        info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)},
-    )
+    return estimate._replace(info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)})

@@ -33,7 +33,7 @@ class InnerSolve(NamedTuple):
     """``update(state, grads) -> state``, one step with a gradient that is at hand: what is differentiated through.
     None where there are no steps."""
 
-    def step(self, needed_by: str) -> Callable[[InnerState, Vector], InnerState]:
+    def require_update(self, needed_by: str) -> Callable[[InnerState, Vector], InnerState]:
         """`update`, for an estimator that cannot do without.
 
         Raises:

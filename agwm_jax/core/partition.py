@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -132,7 +132,7 @@ def _is_weight(leaf) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _chosen(role: str, chosen: str | Sequence[str], weights: Params) -> tuple[str, ...]:
+def _chosen(role: str, chosen: str | Sequence[str], weights: Collection[str]) -> tuple[str, ...]:
     """Paths by pattern, or the paths that are listed, in the order of the weights."""
     if isinstance(chosen, str):
         return _matching(role, chosen, weights)
@@ -146,7 +146,7 @@ def _chosen(role: str, chosen: str | Sequence[str], weights: Params) -> tuple[st
     return tuple(path for path in weights if path in listed)
 
 
-def _matching(role: str, pattern: str, weights: Params) -> tuple[str, ...]:
+def _matching(role: str, pattern: str, weights: Collection[str]) -> tuple[str, ...]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -1,73 +1,42 @@
 """From a table with the user's column names and labels to a data set with columns text, text_pair, label and group."""
 
-import difflib
 import math
-from collections.abc import Sequence
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
 
-from agwm_jax.data.files import Table
+from agwm_jax.data.files import Table, check_columns, read_table
+from agwm_jax.data.tasks import Task, check_training_labels
+from agwm_jax.data.wording import label_text, listed, normal_form, quoted
 from agwm_jax.errors import AgwmError
 
-
-def check_columns(table_columns: Sequence[str], wanted: Sequence[str], source: str) -> None:
-    """Raise unless every wanted column is there; the error lists those there and the nearest name."""
-    for name in wanted:
-        if name not in table_columns:
-            near = difflib.get_close_matches(name, table_columns, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise AgwmError(
-                f"{source} has no column {name!r}: its columns are {', '.join(map(repr, table_columns))}{hint}"
-            )
-
-
-def check_text_columns(text_columns: str | Sequence[str]) -> tuple[str, ...]:
-    """One or two different column names as a tuple."""
-    names = (text_columns,) if isinstance(text_columns, str) else tuple(text_columns)
-    if len(names) not in (1, 2) or len(set(names)) != len(names):
-        raise AgwmError(
-            f"text_columns is {list(names)}: give one column (single sentences) or two different ones (pairs)."
-        )
-    return names
+# Narrower than int() and float(), which take underscores and the digits of other scripts.
+_INTEGER = re.compile(r"-?[0-9]+")
+_INDEX = re.compile(r"0|[1-9][0-9]*")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_MANY_DECIMALS = 10
 
 
 def texts(table: Table, text_columns: Sequence[str]) -> dict[str, list[str]]:
     """The columns text and, for pairs, text_pair; every value a string."""
-    for column in text_columns:
+    found = check_columns(list(table.columns), text_columns, table.source)
+    for column in found:
         for row, value in enumerate(table.columns[column]):
             if value is None:
                 raise AgwmError(f"{table.place(row)}: no text in column {column!r}; fill it in or leave the row out.")
             if not isinstance(value, str):
-                raise AgwmError(f"{table.place(row)}: column {column!r} holds {value!r}, a text was expected.")
+                raise AgwmError(f"{table.place(row)}: column {column!r} holds {quoted(value)}, a text was expected.")
             try:
                 value.encode()
             except UnicodeEncodeError:
                 raise AgwmError(
                     f"{table.place(row)}: column {column!r} holds half of a character (a lone surrogate); repair it."
                 ) from None
-    return dict(zip(("text", "text_pair"), (table.columns[name] for name in text_columns), strict=False))
-
-
-def _integer(value: Any) -> int | None:
-    """The value as an integer if it is one, also as text or as a float (pandas makes floats of integers)."""
-    if isinstance(value, bool):
-        return int(value)
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    if isinstance(value, str):
-        try:
-            return _integer(float(value))
-        except ValueError:
-            return None
-    return None
-
-
-def _name(value: Any) -> str:
-    number = _integer(value) if isinstance(value, int | float) else None
-    return value if isinstance(value, str) else str(value if number is None else number)
+    return dict(zip(("text", "text_pair"), (table.columns[name] for name in found), strict=False))
 
 
 def _present(table: Table, column: str) -> list[Any]:
@@ -75,59 +44,102 @@ def _present(table: Table, column: str) -> list[Any]:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise AgwmError(f"{table.place(row)}: no label in column {column!r}; fill it in or leave the row out.")
         if not isinstance(value, str | int | float):
-            raise AgwmError(f"{table.place(row)}: the label is {value!r}, a number or a text was expected.")
+            raise AgwmError(f"{table.place(row)}: the label is {quoted(value)}, a number or a text was expected.")
     return table.columns[column]
 
 
 def find_label_names(table: Table, column: str) -> tuple[str, ...]:
-    """The class names that the column's type gives, or the distinct labels: integers by value, others by name."""
+    """The class names that the column's type gives, or the distinct labels: integers by value, others by name.
+
+    A label of a file without types is the text that stands there ("0110" is not "110"); one text in two Unicode forms
+    is one class. Names that differ in spaces or case alone are warned about.
+    """
     if column in table.class_names:
         return table.class_names[column]
-    values = _present(table, column)
-    numbers = {number for number in map(_integer, values) if number is not None}
-    if all(_integer(value) is not None for value in values):
-        return tuple(str(number) for number in sorted(numbers))
-    return tuple(sorted({_name(value) for value in values}))
+    found: dict[str, str] = {}
+    for text in map(label_text, _present(table, column)):
+        found.setdefault(normal_form(text), text)
+    integers = all(map(_INTEGER.fullmatch, found))
+    names = tuple(found[form] for form in sorted(found, key=lambda form: (int(form) if integers else 0, form)))
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_plain(name), []).append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            warnings.warn(
+                f"{table.source}: the classes {listed(group)} differ in spaces or case alone; are they one?",
+                stacklevel=2,
+            )
+    return names
+
+
+def _plain(text: str) -> str:
+    return " ".join(normal_form(text).split()).casefold()
+
+
+def _class_of(table: Table, column: str, label_names: Sequence[str]) -> Callable[[Any], int | None]:
+    """``class_of(label) -> number``: of the class of that name, or else the label itself where it may be a number.
+
+    Where all names are integers themselves ("1", "2"), a label is always a name, never a number. A column whose type
+    names its classes holds numbers of those names.
+    """
+    own = table.class_names.get(column)
+    by_name = {normal_form(name): index for index, name in enumerate(label_names)}
+    booleans = {name.lower(): index for name, index in by_name.items() if name.lower() in ("true", "false")}
+    numbered = own is not None or not all(map(_INTEGER.fullmatch, by_name))
+
+    def class_of(value: Any) -> int | None:
+        number = int(value) if _INDEX.fullmatch(label_text(value)) or isinstance(value, bool) else None
+        if own is not None and number is not None:
+            value = own[number] if 0 <= number < len(own) else value
+        text = normal_form(label_text(value))
+        if text in by_name:
+            return by_name[text]
+        if text.lower() in booleans:  # JSON writes true, Python True
+            return booleans[text.lower()]
+        return number if numbered and number is not None and 0 <= number < len(label_names) else None
+
+    return class_of
 
 
 def class_labels(table: Table, column: str, label_names: Sequence[str]) -> list[int]:
-    """Class numbers: a label that is one of the names, or else the number of a name.
+    """Class numbers of a column's labels.
 
-    Where all names are integers themselves ("1", "2"), a label is always a name, never a position.
+    Raises:
+      AgwmError: a label is none of the classes.
     """
-    positions = {name: index for index, name in enumerate(label_names)}
-    by_name_only = all(_integer(name) is not None for name in label_names) and column not in table.class_names
-    if by_name_only:
-        positions = {str(_integer(name)): index for name, index in positions.items()}
+    class_of = _class_of(table, column, label_names)
     labels = []
     for row, value in enumerate(_present(table, column)):
-        number = _integer(value)
-        if by_name_only and number is not None:
-            index = positions.get(str(number))
-        else:
-            index = positions.get(_name(value))
-            if index is None and not by_name_only and number is not None and 0 <= number < len(label_names):
-                index = number
+        index = class_of(value)
         if index is None:
+            alike = [name for name in label_names if _plain(name) == _plain(label_text(value))]
+            hint = f"; {listed(alike)} differs in spaces or case alone" if alike else _hint_at_scores(label_names)
             raise AgwmError(
-                f"{table.place(row)}: the label {value!r} is none of the {len(label_names)} classes "
-                f"({', '.join(label_names[:20])}{', ...' if len(label_names) > 20 else ''})."
+                f"{table.place(row)}: the label {quoted(value)} is none of the {len(label_names)} classes "
+                f"({listed(label_names)}){hint}."
             )
         labels.append(index)
     return labels
+
+
+def _hint_at_scores(label_names: Sequence[str]) -> str:
+    """What to add where many classes are decimal numbers."""
+    numbers = all(map(_NUMBER.fullmatch, label_names)) and not all(map(_INTEGER.fullmatch, label_names))
+    if not numbers or len(label_names) <= _MANY_DECIMALS:
+        return ""
+    return "; these are decimal numbers: set task.kind to regression if they are scores"
 
 
 def scores(table: Table, column: str) -> list[float]:
     """Regression labels as finite floats."""
     labels = []
     for row, value in enumerate(_present(table, column)):
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise AgwmError(f"{table.place(row)}: the label {value!r} is not a finite number, as regression needs.")
-        labels.append(number)
+        if not _NUMBER.fullmatch(label_text(value).strip()):
+            raise AgwmError(
+                f"{table.place(row)}: the label {quoted(value)} is no finite number (such as 2.5), as regression needs."
+            )
+        labels.append(float(value))
     return labels
 
 
@@ -135,15 +147,13 @@ def labelled(
     table: Table, text_columns: Sequence[str], label_column: str, *, kind: str, label_names: Sequence[str]
 ) -> datasets.Dataset:
     """A data set with columns text, (text_pair) and label."""
-    if kind == "regression":
-        labels: list[Any] = scores(table, label_column)
-    else:
-        labels = class_labels(table, label_column, label_names)
+    (column,) = check_columns(list(table.columns), (label_column,), table.source)
+    labels: list[Any] = scores(table, column) if kind == "regression" else class_labels(table, column, label_names)
     return datasets.Dataset.from_dict({**texts(table, text_columns), "label": labels})
 
 
 def normalise(
-    tables: dict[str, Table],
+    tables: Mapping[str, Table],
     *,
     text_columns: Sequence[str],
     label_column: str,
@@ -156,33 +166,36 @@ def normalise(
     Raises:
       AgwmError: a column is missing, a text or label is missing or unusable, or the training labels are all the same.
     """
-    for table in tables.values():
-        wanted = [*text_columns, label_column, *([group_column] if group_column else [])]
-        check_columns(list(table.columns), wanted, table.source)
+    train = tables["train"]
     names: tuple[str, ...] = ()
     if kind == "classification":
-        names = tuple(label_names) if label_names else find_label_names(tables["train"], label_column)
-        if len(set(names)) != len(names):
-            raise AgwmError(f"label_names holds a name twice: {', '.join(names)}.")
+        (column,) = check_columns(list(train.columns), (label_column,), train.source)
+        names = tuple(label_names) if label_names else find_label_names(train, column)
     splits = {}
     for split, table in tables.items():
         splits[split] = labelled(table, text_columns, label_column, kind=kind, label_names=names)
         if group_column:
-            splits[split] = splits[split].add_column("group", [str(value) for value in table.columns[group_column]])
-    check_training_labels(splits["train"]["label"], kind, names, tables["train"].source)
+            (column,) = check_columns(list(table.columns), (group_column,), table.source)
+            groups = [normal_form(str(value)) for value in table.columns[column]]
+            splits[split] = splits[split].add_column("group", groups)
+    check_training_labels(splits["train"]["label"], kind, names, train.source)
+    if not label_names and _hint_at_scores(names):
+        warnings.warn(f"{train.source}: {len(names)} classes{_hint_at_scores(names)}.", stacklevel=2)
     return splits, names
 
 
-def check_training_labels(labels: Sequence[int | float], kind: str, label_names: Sequence[str], source: str) -> None:
-    """Raise where there is nothing to learn: one class, or one score, only."""
-    distinct = set(labels)
-    if len(distinct) == 1:
-        only = distinct.pop()
-        if kind == "regression":
-            raise AgwmError(
-                f"{source}: all {len(labels)} training labels are {only}; two different scores or more are needed."
-            )
-        raise AgwmError(
-            f"{source}: all {len(labels)} training rows are of the class {label_names[int(only)]!r}; "
-            "rows of two classes or more are needed."
-        )
+def read_labelled(
+    file: str | os.PathLike[str],
+    task: Task,
+    *,
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    separator: str = ",",
+) -> datasets.Dataset:
+    """A labelled file as one more split of a task, with the task's classes, whatever labels it holds.
+
+    Raises:
+      AgwmError: see `files.read_table`; a column, text or label is missing, a label is none of the classes.
+    """
+    table = read_table(file, separator=separator)
+    return labelled(table, text_columns, label_column, kind=task.kind, label_names=task.label_names)

@@ -1,4 +1,4 @@
-"""From texts to padded arrays of token ids, all examples of a split at one length."""
+"""From texts to padded arrays of token ids: every split at one length, which no draw changes."""
 
 import math
 from collections.abc import Sequence
@@ -6,21 +6,18 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Int
 
-from agwm_jax.data.tasks import Task
+from agwm_jax.data.hub import quietly
+from agwm_jax.data.tasks import LabelScale, Task, draw_rows, label_scale, low_resource
 from agwm_jax.errors import AgwmError
 
 MULTIPLE = 8  # lengths are rounded up to it: few distinct shapes to compile, and aligned ones
 
-
-class Encoded(NamedTuple):
-    """A tokenised split; `labels` are 0 where the split has none."""
-
-    input_ids: Int32[np.ndarray, "n t"]
-    token_type_ids: Int32[np.ndarray, "n t"]
-    attention_mask: Int32[np.ndarray, "n t"]
-    labels: Int32[np.ndarray, "n"] | Float32[np.ndarray, "n"]
+Encoded = dict[str, np.ndarray]
+"""Columns of a tokenised split: ``input_ids``, ``attention_mask`` and what else the tokenizer gives or the model asks
+for, int32 [n, t]; ``labels`` [n], int32 class numbers or float32 scores, standardised where there is a scale, 0 where
+the split has none."""
 
 
 class EncodingReport(NamedTuple):
@@ -29,28 +26,89 @@ class EncodingReport(NamedTuple):
     Attributes:
       length: t, tokens per example after padding.
       longest: tokens of the longest example before truncation.
-      limit: tokens that longer examples were cut to.
-      truncated: how many were.
+      truncated: how many examples had more than `length` tokens and were cut.
       examples: n.
       padding: share of the n * t tokens that is padding.
     """
 
     length: int
     longest: int
-    limit: int
     truncated: int
     examples: int
     padding: float
 
+    def warning(self, what: str) -> str | None:
+        """A sentence about the share of texts that were cut, None where none was; `what` names the split or file."""
+        if not self.truncated:
+            return None
+        return (
+            f"{self.truncated} of {self.examples} texts of {what} ({self.truncated / self.examples:.0%}) were cut to "
+            f"{self.length} tokens, the longest has {self.longest}: raise data.max_length or data.pad_to."
+        )
 
-def _token_lists(split: datasets.Dataset, tokenizer: Any, limit: int | None) -> dict[str, list[list[int]]]:
+
+class Draw(NamedTuple):
+    """What one seed trains and is scored on.
+
+    Attributes:
+      task: with the seed's training draw.
+      encoded: columns by split; what draws share is one object in all of them.
+      reports: by split.
+      scale: of the labels in `encoded`, None for a classification; `task` has them in the user's unit.
+    """
+
+    task: Task
+    encoded: dict[str, Encoded]
+    reports: dict[str, EncodingReport]
+    scale: LabelScale | None
+
+
+class _Tokens(NamedTuple):
+    """A split, tokenised and not yet cut or padded."""
+
+    split: datasets.Dataset
+    ids: datasets.Dataset
+    lengths: Int[np.ndarray, "n"]
+    tokenizer: Any
+    inputs: tuple[str, ...]
+
+
+def _tokenise(split: datasets.Dataset, tokenizer: Any, inputs: Sequence[str], cut: int | None = None) -> _Tokens:
     names = [name for name in ("text", "text_pair") if name in split.column_names]
-    options = {} if limit is None else {"truncation": True, "max_length": limit}
-    tokens = tokenizer(*(list(split[name]) for name in names), padding=False, verbose=False, **options)
-    return {key: tokens[key] for key in ("input_ids", "token_type_ids") if key in tokens}
+    options: dict[str, Any] = {} if cut is None else {"truncation": True, "max_length": cut}
+    if "token_type_ids" in inputs:
+        options["return_token_type_ids"] = True
+
+    def tokens(*texts: list[str]) -> dict[str, list[list[int]]]:
+        found = tokenizer(*texts, padding=False, verbose=False, return_attention_mask=False, **options)
+        return {name: found[name] for name in found if name != "attention_mask"}
+
+    with quietly():
+        # The fingerprint names a cache file, of which there is none here; making one would pickle the tokenizer.
+        ids = split.map(
+            tokens,
+            batched=True,
+            input_columns=names,
+            remove_columns=split.column_names,
+            keep_in_memory=True,
+            new_fingerprint="tokens",
+        ).with_format("numpy")
+    lengths = np.fromiter(map(len, ids["input_ids"]), np.int64, len(ids))
+    return _Tokens(split, ids, lengths, tokenizer, tuple(inputs))
 
 
-def _pad_length(lengths: np.ndarray, *, max_length: int, pad_to: str | float) -> int:
+def _checked(split: datasets.Dataset, tokenizer: Any, inputs: Sequence[str], max_length: int) -> _Tokens:
+    if not len(split):
+        raise AgwmError("There are no examples to tokenise.")
+    if tokenizer.pad_token_id is None:
+        raise AgwmError("The tokenizer has no padding token: set pad_token in tokenizer_config.json.")
+    special = tokenizer.num_special_tokens_to_add(pair="text_pair" in split.column_names)
+    if max_length <= special:
+        raise AgwmError(f"max_length is {max_length}, of which special tokens take {special}: give more.")
+    return _tokenise(split, tokenizer, inputs)
+
+
+def _length(lengths: np.ndarray, *, max_length: int, pad_to: str | float = "longest") -> int:
     if pad_to == "longest":
         wanted = int(lengths.max())
     elif isinstance(pad_to, int | float) and not isinstance(pad_to, bool) and 0 < pad_to <= 1:
@@ -60,6 +118,35 @@ def _pad_length(lengths: np.ndarray, *, max_length: int, pad_to: str | float) ->
     return min(math.ceil(wanted / MULTIPLE) * MULTIPLE, max_length)
 
 
+def _pad(tokens: _Tokens, length: int, rows: np.ndarray | None = None) -> tuple[Encoded, EncodingReport]:
+    """Rows of a split (None: all) as arrays [n, length] without labels."""
+    rows = np.arange(len(tokens.lengths)) if rows is None else rows
+    lengths = tokens.lengths[rows]
+    mask = np.arange(length) < lengths[:, None]
+    arrays = {"attention_mask": mask.astype(np.int32)}
+    long = np.flatnonzero(lengths > length)
+    # The tokenizer cuts them: the longer text of a pair first, special tokens never.
+    cut = _tokenise(tokens.split.select(rows[long]), tokens.tokenizer, tokens.inputs, length).ids if long.size else {}
+    for name in dict.fromkeys([*tokens.ids.column_names, *tokens.inputs]):
+        padding = tokens.tokenizer.pad_token_id if name == "input_ids" else 0
+        arrays[name] = np.full(mask.shape, padding, np.int32)
+        if name in tokens.ids.column_names:
+            ids = list(tokens.ids.select(rows)[name])
+            for place, short in zip(long, cut[name] if long.size else (), strict=True):
+                ids[place] = short
+            arrays[name][mask] = np.concatenate(ids)
+    report = EncodingReport(length, int(lengths.max()), long.size, len(rows), float(1 - mask.mean()))
+    return arrays, report
+
+
+def _labels(split: datasets.Dataset, kind: str, scale: LabelScale | None) -> np.ndarray:
+    dtype = np.float32 if kind == "regression" else np.int32
+    if "label" not in split.column_names:
+        return np.zeros(len(split), dtype)
+    labels = np.asarray(split["label"])
+    return labels.astype(dtype) if scale is None else scale.standardise(labels)
+
+
 def encode(
     split: datasets.Dataset,
     tokenizer: Any,
@@ -67,6 +154,8 @@ def encode(
     max_length: int = 128,
     pad_to: str | float = "longest",
     kind: str = "classification",
+    scale: LabelScale | None = None,
+    inputs: Sequence[str] = (),
 ) -> tuple[Encoded, EncodingReport]:
     """Tokenise a split and pad (or cut) all examples to one length.
 
@@ -78,6 +167,8 @@ def encode(
       tokenizer: a Hugging Face tokenizer.
       max_length: tokens, special tokens included.
       kind: labels are int32 for classification, float32 for regression.
+      scale: standardises the labels of a regression.
+      inputs: columns that the model asks for; what the tokenizer does not give is 0.
 
     Returns:
       The arrays, and how many examples were cut.
@@ -85,91 +176,59 @@ def encode(
     Raises:
       AgwmError: no examples, no padding token, max_length too small for the special tokens, or pad_to out of range.
     """
-    n = len(split)
-    if not n:
-        raise AgwmError("There are no examples to tokenise.")
-    if tokenizer.pad_token_id is None:
-        raise AgwmError("The tokenizer has no padding token: set pad_token in tokenizer_config.json.")
-    special = tokenizer.num_special_tokens_to_add(pair="text_pair" in split.column_names)
-    if max_length <= special:
-        raise AgwmError(f"max_length is {max_length}, of which special tokens take {special}: give more.")
-    columns = _token_lists(split, tokenizer, None)
-    lengths = np.array([len(ids) for ids in columns["input_ids"]])
-    longest, length = int(lengths.max()), _pad_length(lengths, max_length=max_length, pad_to=pad_to)
-    long = np.flatnonzero(lengths > length)
-    if long.size:
-        for key, cut in _token_lists(split.select(long), tokenizer, length).items():
-            for row, ids in zip(long, cut, strict=True):
-                columns[key][row] = ids
-    arrays = {
-        "input_ids": np.full((n, length), tokenizer.pad_token_id, np.int32),
-        "token_type_ids": np.zeros((n, length), np.int32),
-    }
-    mask = np.arange(length) < lengths[:, None]
-    for key, rows in columns.items():
-        arrays[key][mask] = np.concatenate([np.asarray(ids, np.int32) for ids in rows])
-    dtype = np.float32 if kind == "regression" else np.int32
-    labels = np.asarray(split["label"], dtype) if "label" in split.column_names else np.zeros(n, dtype)
-    encoded = Encoded(attention_mask=mask.astype(np.int32), labels=labels, **arrays)
-    return encoded, EncodingReport(length, longest, length, int(long.size), n, float(1 - mask.mean()))
+    tokens = _checked(split, tokenizer, inputs, max_length)
+    columns, report = _pad(tokens, _length(tokens.lengths, max_length=max_length, pad_to=pad_to))
+    return {**columns, "labels": _labels(split, kind, scale)}, report
 
 
-def encode_task(
-    task: Task, tokenizer: Any, *, max_length: int = 128, pad_to: str | float = "longest"
-) -> tuple[dict[str, Encoded], dict[str, EncodingReport]]:
-    """Tokenise all splits of a task: training at the length `pad_to` gives, all others at one common length.
+def encode_draws(
+    whole: Task,
+    tokenizer: Any,
+    *,
+    seeds: Sequence[int],
+    train_size: int | None = None,
+    max_length: int = 128,
+    pad_to: str | float = "longest",
+    inputs: Sequence[str] = (),
+) -> list[Draw]:
+    """The draws of a task by several seeds, tokenised at lengths that do not depend on which seeds there are.
 
-    The common length is that of the longest example of these splits, so that one compiled evaluation serves them all,
-    and no quantile of the training lengths ever cuts an example that is scored; only max_length does.
+    Training texts are padded to the length that `pad_to` gives for *all* training texts, before any draw. All other
+    splits share the length of the longest of their texts, and of the texts that a development split is drawn from: one
+    compiled evaluation serves them all, and only max_length ever cuts an example that is scored.
+
+    Args:
+      whole: the task before any draw; each split is tokenised once.
+      seeds: one draw each.
+      train_size: see `low_resource`; None trains on everything.
+      max_length, pad_to, inputs: see `encode`.
 
     Raises:
-      AgwmError: see `encode`.
+      AgwmError: see `encode` and `low_resource`.
     """
-    return encode_tasks([task], tokenizer, max_length=max_length, pad_to=pad_to)[0]
+    tokens = {name: _checked(split, tokenizer, inputs, max_length) for name, split in whole.splits.items()}
+    pool = tokens.pop("train")
+    length = _length(pool.lengths, max_length=max_length, pad_to=pad_to)
+    scored = [each.lengths for each in tokens.values()] + ([] if train_size is None else [pool.lengths])
+    scored_length = _length(np.concatenate(scored), max_length=max_length) if scored else length
+    shared = {name: _pad(each, scored_length) for name, each in tokens.items()}
+    if train_size is None:
+        shared["train"] = _pad(pool, length)
 
-
-def encode_tasks(
-    tasks: Sequence[Task], tokenizer: Any, *, max_length: int = 128, pad_to: str | float = "longest"
-) -> list[tuple[dict[str, Encoded], dict[str, EncodingReport]]]:
-    """`encode_task` of several draws of one task, all at the lengths of the longest: then one program serves them all.
-
-    A split that several draws share is tokenised once.
-
-    Raises:
-      AgwmError: see `encode`.
-    """
-    options: dict[str, Any] = {"max_length": max_length, "kind": tasks[0].kind}
-    done: dict[int, tuple[Encoded, EncodingReport]] = {}
-    for task in tasks:
-        for name, split in task.splits.items():
-            if id(split) not in done:
-                length = {"pad_to": pad_to if name == "train" else "longest"}
-                done[id(split)] = encode(split, tokenizer, **(options | length))
-
-    def longest(train: bool) -> int:
-        chosen = (split for task in tasks for name, split in task.splits.items() if (name == "train") == train)
-        return max((done[id(split)][1].length for split in chosen), default=0)
-
-    lengths = {True: longest(True), False: longest(False)}
-    wide = {
-        (id(split), name == "train"): _widen(*done[id(split)], lengths[name == "train"], tokenizer.pad_token_id)
-        for task in tasks
-        for name, split in task.splits.items()
-    }
-    found = [{name: wide[id(split), name == "train"] for name, split in task.splits.items()} for task in tasks]
-    return [
-        ({name: pair[0] for name, pair in splits.items()}, {name: pair[1] for name, pair in splits.items()})
-        for splits in found
-    ]
-
-
-def _widen(encoded: Encoded, report: EncodingReport, length: int, pad_token_id: int) -> tuple[Encoded, EncodingReport]:
-    if length == report.length:
-        return encoded, report
-    width = ((0, 0), (0, length - report.length))
-    padding = float(1 - encoded.attention_mask.sum() / (report.examples * length))
-    return encoded._replace(
-        input_ids=np.pad(encoded.input_ids, width, constant_values=pad_token_id),
-        token_type_ids=np.pad(encoded.token_type_ids, width),
-        attention_mask=np.pad(encoded.attention_mask, width),
-    ), report._replace(length=length, padding=padding)
+    draws = []
+    for seed in seeds:
+        task, padded = whole, shared
+        if train_size is not None:
+            task = low_resource(whole, train_size=train_size, seed=seed)
+            train, development = draw_rows(len(pool.lengths), train_size=train_size, seed=seed)
+            padded = shared | {
+                "train": _pad(pool, length, train),
+                "development": _pad(pool, scored_length, development),
+            }
+        scale = label_scale(task)
+        encoded = {
+            name: {**columns, "labels": _labels(task.splits[name], task.kind, scale)}
+            for name, (columns, _) in padded.items()
+        }
+        draws.append(Draw(task, encoded, {name: report for name, (_, report) in padded.items()}, scale))
+    return draws

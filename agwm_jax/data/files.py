@@ -1,6 +1,7 @@
 """Tables in files: JSON Lines, CSV, TSV and Parquet, read and written row by row with the place of every fault."""
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -12,10 +13,15 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from agwm_jax.data.wording import listed, normal_form, quoted
 from agwm_jax.errors import AgwmError
 
-# The `datasets` readers of text formats are not used: they turn a column of ISO dates into timestamps and the text "NA"
-# into a missing value, name no line when a file is bad, and cache a copy of every file outside the user's folder.
+# The `datasets` builders of text formats are not used, for they change what a user wrote, also where the features are
+# given: "2024-01-31" becomes "2024-01-31 00:00:00", a row that is too short is filled up, in rows that are all too long
+# every text moves by one column, and a bad file is named without a line. For Parquet the builder takes the file's name
+# for a pattern and an empty file for a damaged one (all in tests/data/test_builders.py).
+_SEPARATORS = (";", "\t", "|", ",")
+_PANDAS = 'from pandas, write it with to_json(path, orient="records", lines=True)'
 
 
 class Table(NamedTuple):
@@ -34,6 +40,13 @@ class Table(NamedTuple):
     numbers: Sequence[int]
     columns: dict[str, list[Any]]
     class_names: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, source: str, rows: datasets.Dataset) -> "Table":
+        """The table that a data set holds."""
+        kinds = {name: kind for name, kind in rows.features.items() if isinstance(kind, datasets.ClassLabel)}
+        names = {name: tuple(kind.names) for name, kind in kinds.items()}
+        return cls(source, "row", range(1, len(rows) + 1), rows.to_dict(), names)
 
     def place(self, row: int) -> str:
         return f"{self.source}, {self.unit} {self.numbers[row]}"
@@ -76,21 +89,23 @@ def _read_jsonl(path: Path) -> Table:
         except (json.JSONDecodeError, RecursionError) as error:
             detail = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
             raise AgwmError(
-                f"{path}, line {number}: not valid JSON ({detail}); one JSON object a line was expected."
+                f"{path}, line {number}: not valid JSON ({detail}); one JSON object a line was expected ({_PANDAS})."
             ) from None
         if not isinstance(row, dict):
             raise AgwmError(
                 f"{path}, line {number}: a JSON {type(row).__name__}, one JSON object a line was expected "
-                '(such as {"sentence": "...", "label": 0}).'
+                f'(such as {{"sentence": "...", "label": 0}}; {_PANDAS}).'
             )
         numbers.append(number)
         rows.append(row)
+    if len(rows) == 1 and rows[0] and all(isinstance(value, dict | list) for value in rows[0].values()):
+        raise AgwmError(f"{path} holds columns, one JSON object a line was expected: {_PANDAS}.")
     return _from_rows(path, numbers, rows)
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of more than 131,072 characters
-    reader, start = csv.reader(io.StringIO(text, newline=""), strict=True), 1
+    reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
     try:
         for row in reader:
             yield start, row
@@ -101,29 +116,55 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
-def _tsv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+def _tsv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.removesuffix("\r")
-        yield number, line.split("\t") if line else []
+        yield number, line.split(separator) if line else []
 
 
-def _read_separated(path: Path, split: Callable[[Path, str], Iterator[tuple[int, list[str]]]]) -> Table:
-    lines = split(path, _decode(path))
+def _refuse_another_separator(path: Path, header: str, separator: str) -> None:
+    other = next((mark for mark in _SEPARATORS if mark in header), None)
+    if other is None:
+        return
+    named = {mark: "a tab" if mark == "\t" else repr(mark) for mark in (other, separator)}
+    remedy = f"set task.separator to {other!r}"
+    if other == "\t":
+        remedy = "save it as .tsv"
+    elif path.suffix.lower() == ".tsv":
+        remedy = "save it as .csv" if other == "," else f"save it as .csv and {remedy}"
+    raise AgwmError(
+        f"{path}: the header {quoted(header)} looks separated by {named[other]}, not by {named[separator]}; {remedy}."
+    )
+
+
+def _read_separated(path: Path, separator: str) -> Table:
+    split = _tsv_rows if path.suffix.lower() == ".tsv" else _csv_rows
+    lines = split(path, _decode(path), separator)
     header = next(row for _, row in lines if row)
-    repeated = sorted({name for name in header if header.count(name) > 1})
+    if len(header) == 1:
+        _refuse_another_separator(path, header[0], separator)
+    # A spreadsheet writes empty columns without a name; a single one without a name is pandas' row numbers.
+    unnamed = sum(not name.strip() for name in header) > 1
+    named = [index for index, name in enumerate(header) if name.strip() or not unnamed]
+    names = [header[index] for index in named]
+    if not names:
+        raise AgwmError(f"{path}: the header names no column.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise AgwmError(f"{path}: the header names the column {', '.join(map(repr, repeated))} more than once.")
+        raise AgwmError(f"{path}: the header names the column {listed(repeated)} more than once.")
     numbers, rows = [], []
     for number, row in lines:
         if not row:
             continue
-        if len(row) != len(header):
+        if row == header and len(header) > 1:
+            raise AgwmError(f"{path}, line {number}: the header again; are these two files in one? Remove the line.")
+        if len(row) <= named[-1] or any(row[len(header) :]):
             raise AgwmError(
-                f"{path}, line {number}: {len(row)} fields, the header has {len(header)} ({', '.join(header)})."
+                f"{path}, line {number}: {len(row)} fields, the header has {len(header)} ({listed(names)})."
             )
         numbers.append(number)
         # An empty field is the only way these formats have to leave a value out.
-        rows.append({name: value if value != "" else None for name, value in zip(header, row, strict=True)})
+        rows.append({header[index]: row[index] if row[index] != "" else None for index in named})
     if not rows:
         raise AgwmError(f"{path} has a header and no rows.")
     return _from_rows(path, numbers, rows)
@@ -134,42 +175,59 @@ def _read_parquet(path: Path) -> Table:
         raise AgwmError(f"There is no file {path}.")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            table = file.read()
+            rows = datasets.Dataset(file.read())
     except OSError as error:
         raise AgwmError(f"{path} cannot be read: {error.strerror or 'not a Parquet file'}.") from None
     except pyarrow.ArrowException:
         raise AgwmError(f"{path} is not a Parquet file, or is damaged.") from None
-    if not table.num_rows:
+    if not len(rows):
         raise AgwmError(f"{path} has no rows.")
-    features = datasets.Features.from_arrow_schema(table.schema)
-    names = {name: tuple(kind.names) for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
-    return Table(str(path), "row", range(1, table.num_rows + 1), table.to_pydict(), names)
+    return Table.of(str(path), rows)
 
 
-_READERS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_jsonl,
-    ".csv": lambda path: _read_separated(path, _csv_rows),
-    ".tsv": lambda path: _read_separated(path, _tsv_rows),
-    ".parquet": _read_parquet,
+_READERS: dict[str, Callable[[Path, str], Table]] = {
+    ".jsonl": lambda path, _: _read_jsonl(path),
+    ".ndjson": lambda path, _: _read_jsonl(path),
+    ".json": lambda path, _: _read_jsonl(path),
+    ".csv": _read_separated,
+    ".tsv": lambda path, _: _read_separated(path, "\t"),
+    ".parquet": lambda path, _: _read_parquet(path),
 }
 
 
-def read_table(file: str | os.PathLike[str]) -> Table:
+def read_table(file: str | os.PathLike[str], *, separator: str = ",") -> Table:
     """Read a table by the extension of its name.
 
-    JSON Lines: one object a line, lines end with a line feed only. CSV: comma, quotes as RFC 4180. TSV: tab, no
-    quoting at all, quote characters are text. Both start with a header; an empty field is a missing value. All are
-    UTF-8.
+    JSON Lines: one object a line, lines end with a line feed only. CSV: quotes as RFC 4180. TSV: tab, no quoting at
+    all, quote characters are text. Both start with a header, columns without a name are left out where there are
+    several, and an empty field is a missing value. All are UTF-8.
+
+    Args:
+      separator: between the fields of a .csv file.
 
     Raises:
-      AgwmError: missing or empty file, unknown extension, undecodable bytes, a bad line (with its number).
+      AgwmError: missing or empty file, unknown extension, undecodable bytes, another separator, a bad line (with its
+        number).
     """
     path = Path(file)
     if path.is_dir():
         raise AgwmError(f"{path} is a folder, a file was expected.")
-    return _READERS[check_extension(path)](path)
+    return _READERS[check_extension(path)](path, separator)
+
+
+def check_columns(there: Sequence[str], wanted: Sequence[str], source: str) -> list[str]:
+    """The wanted columns by the names that they have there, which may be in another Unicode form.
+
+    Raises:
+      AgwmError: one is missing; the columns there and the nearest name are in the sentence.
+    """
+    by_form = {normal_form(name): name for name in there}
+    for name in wanted:
+        if normal_form(name) not in by_form:
+            near = difflib.get_close_matches(name, there, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise AgwmError(f"{source} has no column {name!r}: its columns are {listed(there)}{hint}")
+    return [by_form[normal_form(name)] for name in wanted]
 
 
 def check_extension(file: str | os.PathLike[str]) -> str:

@@ -24,15 +24,14 @@ class Texts(NamedTuple):
     columns: dict[str, list[Any]]
 
 
-def read_texts(file: str | os.PathLike[str], *, text_columns: str | Sequence[str]) -> Texts:
+def read_texts(file: str | os.PathLike[str], *, text_columns: Sequence[str], separator: str = ",") -> Texts:
     """Texts to label from a file; all its columns are kept for `write_predictions`.
 
     Raises:
       AgwmError: see `files.read_table`; a column or a text is missing.
     """
-    names, table = columns.check_text_columns(text_columns), read_table(file)
-    columns.check_columns(list(table.columns), names, table.source)
-    return Texts(datasets.Dataset.from_dict(columns.texts(table, names)), table.columns)
+    table = read_table(file, separator=separator)
+    return Texts(datasets.Dataset.from_dict(columns.texts(table, text_columns)), table.columns)
 
 
 def write_predictions(

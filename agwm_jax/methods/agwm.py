@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
 from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel
-from agwm_jax.core.estimators import ESTIMATORS
+from agwm_jax.core.estimators.base import ESTIMATORS
 from agwm_jax.core.mixup import alpha_statistics, mixup_problem, project_alpha
 from agwm_jax.data.plan import search_plan, split_indices
 from agwm_jax.methods.interface import (
@@ -113,6 +113,11 @@ class Agwm(MethodSettings):
             check(self.estimator, inner_steps=self.search.inner_steps)
         return self
 
+    @property
+    def extra_passes(self) -> int:
+        """Those of one search."""
+        return self.search.epochs
+
     def build(self, setup: Setup) -> Method:
         """The method for one seed."""
         mixture = Mixture(self.mixup, setup)
@@ -133,9 +138,7 @@ class Agwm(MethodSettings):
             )
             for index, plan in enumerate(plans)
         )
-        finetune = training_phase(
-            setup, forward=lambda w0, variables, key: mixture.merge(w0, variables), keeps=(ALPHA,)
-        )
+        finetune = training_phase(setup, forward=mixture.forward, keeps=(ALPHA,))
         return Method(init, (searches, (finetune,)), mixture.merge, search_warnings)
 
 

@@ -19,7 +19,7 @@ MASK = "mask"
 """The collection of boolean masks of the encoder's weights, by path: True where a weight is trained."""
 
 
-@METHODS.register("child_tuning_d", cost="Fisher pass: 1; finetune: 1", paper="arXiv 2109.05687")
+@METHODS.register("child_tuning_d", cost="fisher: 1; finetune: 1", paper="arXiv 2109.05687")
 class ChildTuningD(MethodSettings):
     """Fine-tuning of a sub-network that is chosen once, by the data: ``g <- g * mask``.
 

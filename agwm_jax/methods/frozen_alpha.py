@@ -27,5 +27,5 @@ class FrozenAlpha(MethodSettings):
         def init(pretrained, key):
             return {TASK: task_weights(setup, pretrained), ALPHA: mixture.init_alpha(key, pretrained)}
 
-        phase = training_phase(setup, forward=lambda w0, variables, key: mixture.merge(w0, variables), keeps=(ALPHA,))
+        phase = training_phase(setup, forward=mixture.forward, keeps=(ALPHA,))
         return Method(init, ((phase,),), mixture.merge)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from agwm_jax.methods.training import Finetune
 
 Variables = dict[str, Any]
-"""What a method learns or carries, a dict of named collections. ``"task"`` holds trained weights by path; other names are
-a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree whose dictionary keys are paths of
+"""What a method learns or carries, a dict of named collections. ``"task"`` holds trained weights by path; other names
+are a method's own: ``"alpha"``, ``"lora"``, ``"mask"``. Each collection is a pytree whose dictionary keys are paths of
 weights, so that its leaves lie on a mesh as their weights do."""
 
 Plan = Mapping[str, Int[Any, "_ ..."]]
@@ -95,12 +95,12 @@ class Method(NamedTuple):
         """Those of all stages, in order."""
         return tuple(phase for stage in self.stages for phase in stage)
 
-    def learnt_shapes(self, pretrained: Params, num_phases: int | None = None) -> Variables:
-        """Shapes of what the first `num_phases` phases leave (None: all); nothing is computed."""
+    def learnt_shapes(self, pretrained: Mapping[str, Any], num_phases: int | None = None) -> Variables:
+        """Shapes of what the first `num_phases` phases leave (None: all), given W0 or its shapes."""
         key = jax.random.key(0)
         initial = learnt = jax.eval_shape(self.init, pretrained, key)
         for phase in self.phases[:num_phases]:
-            context = Context(pretrained, initial, learnt)
+            context = Context(dict(pretrained), initial, learnt)
             learnt = jax.eval_shape(phase.finish, context, jax.eval_shape(phase.start, context, key))
         return learnt
 
@@ -140,6 +140,11 @@ class MethodSettings(Section):
     """The base of a method's settings; the file that holds them registers them in `METHODS`."""
 
     name: str
+
+    @property
+    def extra_passes(self) -> int:
+        """Passes over the training set beside those of `Finetune`."""
+        return 0
 
     def build(self, setup: Setup) -> Method:
         """The method for one seed.

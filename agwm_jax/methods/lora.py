@@ -10,8 +10,10 @@ from pydantic import Field
 from agwm_jax.core.types import LowRank, Params
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import METHODS, Method, MethodSettings, Setup, Variables
-from agwm_jax.methods.training import TASK, finetune_plan, replace_weights, training_phase
+from agwm_jax.methods.training import TASK, finetune_plan, in_layers, replace_weights, training_phase
+from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import matching, of_role
+from agwm_jax.section import Pattern
 
 LORA = "lora"
 """The collection of factors, by the path of the kernel that they change."""
@@ -27,7 +29,7 @@ def low_rank_start(key: Key[Array, ""], kernel: Array, r: int) -> LowRank:
     )
 
 
-@METHODS.register("lora", cost="1", paper="arXiv 2106.09685")
+@METHODS.register("lora", cost="2/3 to 1", paper="arXiv 2106.09685")
 class Lora(MethodSettings):
     """Low-rank adaptation: the forward pass takes ``W0 + (a/r) left @ right`` for the chosen kernels.
 
@@ -35,14 +37,14 @@ class Lora(MethodSettings):
     authors' code. The factors and the head are trained (biases too, if asked for), with the optimiser of `finetune` but
     a learning rate of its own. What is evaluated and exported is the sum, an ordinary model.
 
-    Cost 1 fb a step; memory of the weights, with gradients and moments of what is trained only, and of the changed
-    kernels. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
+    Cost 2/3 fb a step and the gradients of the changed kernels, 1 fb if those are all; memory of the weights, with
+    gradients and moments of what is trained only. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
     """
 
     name: Literal["lora"] = Field(default="lora", description="fine-tuning method")
     r: int = Field(default=8, ge=1, description="rank of the change")
     alpha: float = Field(default=16.0, gt=0, description="a; the product of the factors is scaled by a/r")
-    targets: str | None = Field(
+    targets: Pattern | None = Field(
         default=r"(.*\.)?(query|value)\.kernel",
         description="regular expression for the paths of the changed kernels (whole path); null: all kernels",
     )
@@ -60,13 +62,18 @@ class Lora(MethodSettings):
             factors = {path: low_rank_start(path_key, pretrained[path], self.r) for path, path_key in keys}
             return {TASK: {path: pretrained[path] for path in whole}, LORA: factors}
 
-        def merge(pretrained: Params, variables: Variables) -> Params:
-            def change(factors: LowRank) -> Array:
-                product = jnp.matmul(factors.left, factors.right, precision=jax.lax.Precision.HIGHEST)
-                return self.alpha / self.r * product
+        def changed(kernel: Array, factors: LowRank) -> Array:
+            product = jnp.matmul(factors.left, factors.right, precision=jax.lax.Precision.HIGHEST)
+            return kernel + self.alpha / self.r * product
 
-            changed = {path: pretrained[path] + change(factors) for path, factors in variables[LORA].items()}
-            return {**replace_weights(pretrained, variables), **changed}
+        def merge(pretrained: Params, variables: Variables) -> Params:
+            kernels = {path: changed(pretrained[path], factors) for path, factors in variables[LORA].items()}
+            return {**replace_weights(pretrained, variables), **kernels}
+
+        def forward(pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
+            del key
+            operands = {path: (pretrained[path], factors) for path, factors in variables[LORA].items()}
+            return {**replace_weights(pretrained, variables), **in_layers(weights, changed, operands)}
 
         plan = finetune_plan(setup)
         optimizer = setup.finetune.optimizer.model_copy(update={"learning_rate": self.learning_rate})
@@ -75,7 +82,7 @@ class Lora(MethodSettings):
             plan=plan,
             tx=optimizer.build(num_steps=len(plan["train"]), weights=weights),
             trains=(TASK, LORA),
-            forward=lambda pretrained, variables, key: merge(pretrained, variables),
+            forward=forward,
         )
         return Method(init, ((phase,),), merge)
 

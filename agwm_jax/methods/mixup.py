@@ -1,18 +1,18 @@
 """What the methods that mix share: which weights are mixed, how the gate starts, and the mixture itself."""
 
-import re
 from typing import Annotated, Literal
 
 from jaxtyping import Array, Key
-from pydantic import Field, WrapValidator, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from agwm_jax.core.mixup import init_alpha, mix
 from agwm_jax.core.partition import Partition, partition
-from agwm_jax.core.types import Alpha, Params
+from agwm_jax.core.types import Alpha, LowRank, Params
 from agwm_jax.methods.interface import Setup, Variables
-from agwm_jax.methods.training import TASK
+from agwm_jax.methods.training import TASK, in_layers, replace_weights
+from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import matching, of_role
-from agwm_jax.section import Section, one_fault, refuse
+from agwm_jax.section import Pattern, Section, refuse
 
 ALPHA = "alpha"
 """The collection of gates, by path."""
@@ -21,11 +21,11 @@ ALPHA = "alpha"
 class Mixup(Section):
     """Which weights are mixed, and how: ``W_eff = A * W + (1 - A) * W0``."""
 
-    mixed: str | None = Field(
+    mixed: Pattern | None = Field(
         default=None,
         description="regular expression for the paths of the mixed weights (whole path); null: all kernels",
     )
-    rank: Annotated[Annotated[int, Field(ge=1)] | Literal["full"], WrapValidator(one_fault)] = Field(
+    rank: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
         default=1, description="rank of alpha's factors; full: alpha is the matrix A itself"
     )
     noise: float = Field(default=0.005, ge=0, description="standard deviation of alpha's start around 1")
@@ -33,15 +33,6 @@ class Mixup(Section):
         default="convex",
         description="weight of the pretrained side: 1 - A, or (1-left)@(1-right) as in the authors' code",
     )
-
-    @field_validator("mixed")
-    @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression ({error})") from None
-        return value
 
     @model_validator(mode="after")
     def _factored_is_rank_1(self):
@@ -68,6 +59,13 @@ class Mixture:
     def __init__(self, settings: Mixup, setup: Setup):
         """Raises AgwmError where `settings.mixed` does not fit the model."""
         self.settings, self.mixed, self._frozen = settings, settings.paths(setup), setup.frozen
+        self._weights = setup.model.weights
+
+        def mixture(pretrained: Array, task: Array, gate: LowRank | Array) -> Array:
+            parts = partition({"kernel": pretrained}, mixed=("kernel",))
+            return mix(parts, {"kernel": task}, {"kernel": gate}, complement=settings.complement)["kernel"]
+
+        self._mixture = mixture
 
     def partition(self, pretrained: Params) -> Partition:
         """Frozen, task and mixed weights."""
@@ -76,6 +74,13 @@ class Mixture:
     def init_alpha(self, key: Key[Array, ""], pretrained: Params) -> Alpha:
         """Gates near 1."""
         return init_alpha(key, self.partition(pretrained), rank=self.settings.rank, noise=self.settings.noise)
+
+    def forward(self, pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
+        """The same mixture for a training step, layer by layer within the model."""
+        del key
+        task, alpha = variables[TASK], variables[ALPHA]
+        operands = {path: (pretrained[path], task[path], alpha[path]) for path in self.mixed}
+        return {**replace_weights(pretrained, variables), **in_layers(self._weights, self._mixture, operands)}
 
     def merge(self, pretrained: Params, variables: Variables) -> Params:
         """`Method.merge`: the mixed weights."""

@@ -58,46 +58,6 @@ def search_warnings(
     return warnings
 
 
-def spread_warnings(
-    scores: Mapping[str, Sequence[float]], *, baseline: str = "vanilla", min_seeds: int = 3
-) -> list[MethodWarning]:
-    """Methods whose scores spread more over the seeds than those of plain fine-tuning.
-
-    Args:
-        scores: method -> main-metric scores, one a seed.
-        baseline: the method that stands for plain fine-tuning; without it there is nothing to compare.
-        min_seeds: methods with fewer finite scores than this are left alone.
-
-    Returns:
-        a warning `spread_above_vanilla` for each such method, with the ratio that chance reaches in one case of 20.
-    """
-    reference = _finite(scores.get(baseline, ()))
-    if len(reference) < min_seeds:
-        return []
-    base = float(np.std(reference, ddof=1))
-    warnings = []
-    for method, raw in scores.items():
-        values = _finite(raw)
-        if method == baseline or len(values) < min_seeds:
-            continue
-        spread = float(np.std(values, ddof=1))
-        if spread <= base:
-            continue
-        chance = _chance_ratio(len(values), len(reference))
-        ratio = spread / base if base > 0 else math.inf
-        weight = "more than" if ratio > chance else "within"
-        warnings.append(
-            MethodWarning(
-                "spread_above_vanilla",
-                f"the scores of {method} have standard deviation {spread:.4f} over {len(values)} seeds, those of "
-                f"{baseline} {base:.4f}: the method is meant to lower it. The ratio {ratio:.2f} is {weight} what "
-                f"chance does with so few seeds (up to {chance:.2f} in 19 cases of 20). Run more seeds; if it stays, "
-                "lower method.search.outer.learning_rate or raise method.search.num_splits.",
-            )
-        )
-    return warnings
-
-
 _REMEDIES = {
     "alpha_collapsed": "The model is little more than the pretrained one: lower method.search.outer.learning_rate or "
     "method.search.epochs.",
@@ -196,10 +156,3 @@ def _not_falling(phase: Sequence[Mapping[str, Any]]) -> str:
 def _finite(values: Any) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     return array[np.isfinite(array)]
-
-
-def _chance_ratio(n: int, m: int) -> float:
-    """95 % quantile of the ratio of two standard deviations of n and m draws from one normal distribution."""
-    rng = np.random.default_rng(0)
-    draws = (rng.chisquare(n - 1, 20_000) / (n - 1)) / (rng.chisquare(m - 1, 20_000) / (m - 1))
-    return float(np.sqrt(np.quantile(draws, 0.95)))

@@ -1,6 +1,6 @@
 """The phase that nearly every method is made of: minimise a loss over some variables with one optimiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,19 +11,22 @@ from jaxtyping import Array, Int, Key
 from pydantic import Field
 
 from agwm_jax.core import trees
+from agwm_jax.core.deferred import Deferred
 from agwm_jax.core.inner import InnerState
 from agwm_jax.core.types import Batch, Params, Scalar
 from agwm_jax.data.plan import epoch_plan
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Batches, Context, Info, Phase, Plan, Setup, Variables
 from agwm_jax.methods.optimizers import OptimizerSettings
+from agwm_jax.models.model import Effective
+from agwm_jax.models.weights import Weights
 from agwm_jax.section import Section
 
 TASK = "task"
 """The collection of trained model weights, by path."""
 
-Forward = Callable[[Params, Variables, Key[Array, ""]], Params]
-Objective = Callable[[Params, Batch], Scalar]
+Forward = Callable[[Params, Variables, Key[Array, ""]], Effective]
+Objective = Callable[[Effective, Batch], Scalar]
 
 
 class Finetune(Section):
@@ -46,6 +49,18 @@ def start_at_pretrained(setup: Setup) -> Callable[[Params, Key[Array, ""]], Vari
 def replace_weights(pretrained: Params, variables: Variables) -> Params:
     """`Method.merge` of methods whose task weights are the model's: W where trained, else W0."""
     return {**pretrained, **variables[TASK]}
+
+
+def in_layers(weights: Weights, function: Callable[..., Array], operands: Mapping[str, tuple[Any, ...]]) -> Effective:
+    """Weights ``function(*operands)`` by path: those that are stacked over layers within the model's scan, others now.
+
+    So of the former only one layer's live at a time. All operands of a stacked weight have its layer axis first, and
+    `function` must do without it; it must be the same object at every call, so make it once.
+    """
+    return {
+        path: Deferred(function, args) if weights[path].is_stacked else function(*args)
+        for path, args in operands.items()
+    }
 
 
 def finetune_plan(setup: Setup) -> Plan:

@@ -1,7 +1,6 @@
-"""What encoders of BERT's layout share: embedding sum, layers stacked and scanned, pooling, and their rows of a table."""
+"""What encoders of BERT's layout share: embedding sum, layers stacked and scanned, pooling, rows of a table."""
 
 import abc
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key
 
 from agwm_jax.core.deferred import is_deferred, materialise
+from agwm_jax.core.types import Batch
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.attention import fused_attention, fused_refusal
 from agwm_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
@@ -198,14 +198,14 @@ class EncoderClassifier(nnx.Module):
         self.pooling = pooling
         self.options = options
 
-    def embed(self, batch: Mapping[str, Num[Array, "b t"]]) -> Float[Array, "b t d"]:
+    def embed(self, batch: Batch) -> Float[Array, "b t d"]:
         """Word embeddings of ``batch["input_ids"]``."""
-        return self.embeddings.word(batch["input_ids"])
+        return self.embeddings.word(jnp.asarray(batch["input_ids"]))
 
     def features(
         self,
         embedded: Float[Array, "b t d"],
-        batch: Mapping[str, Num[Array, "b t"]],
+        batch: Batch,
         *,
         key: Key[Array, ""] | None = None,
         reverse_only: bool = False,
@@ -224,7 +224,8 @@ class EncoderClassifier(nnx.Module):
         Raises:
             AgwmError: when traced, if t is larger than the position table.
         """
-        ids, mask, limit = batch["input_ids"], batch["attention_mask"], self.config.max_length
+        ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
+        limit = self.config.max_length
         if mask.shape[-1] > limit:
             raise AgwmError(
                 f"The texts are {mask.shape[-1]} tokens long but the model's position table ends at {limit}; "
@@ -234,7 +235,7 @@ class EncoderClassifier(nnx.Module):
         embedding_key, encoder_key = split(key, 2)
         # Finite, so that a row of nothing but padding gives an even softmax and no NaN.
         bias = jnp.where(mask != 0, 0.0, jnp.finfo(wide).min).astype(wide)
-        types = batch.get("token_type_ids", jnp.zeros_like(ids))
+        types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids)))
         x = self.embeddings(embedded, self.positions(ids), types, key=embedding_key)
         fuse = reverse_only and self._fused_refusal(mask.shape[-1], key) is None
         x = self.encoder(x, bias, key=encoder_key, fuse=fuse)

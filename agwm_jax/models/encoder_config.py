@@ -92,7 +92,7 @@ class EncoderConfig:
                 faults.append(f"{name} is {values[name]!r}, expected a number above 0")
         if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
             faults.append(f"hidden_act is {values['hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
-        width, heads = values.get("hidden_size"), values.get("num_attention_heads")
+        width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0)
         if is_whole(width, at_least=1) and is_whole(heads, at_least=1) and width % heads:
             faults.append(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
         return faults

@@ -28,7 +28,7 @@ class Options(NamedTuple):
     fuse_attention: bool = True
     """Run cuDNN's fused attention in calls that promise `reverse_only`, unless `fused_refusal` has a reason not to."""
     remat: Remat = "none"
-    """What the backward pass computes again: nothing; all but products with weights (``dots``); whole layers (``full``)."""
+    """What the backward pass computes again: nothing, all but products with weights, or whole layers."""
 
     @property
     def wide(self) -> Any:
@@ -58,9 +58,8 @@ class Row(NamedTuple):
 
 
 Table = Mapping[str, Row]
-"""Every weight that a family may have, by path. Partitioning metadata stand here rather than in NNX's variables, so that
-one row says all of a weight: Flax has no place for role, depth and file name, and its annotations act on the mesh that
-is set while a module is made."""
+"""Every weight that a family may have, by path. Partitioning metadata stand here rather than in NNX's variables: one
+row then says all of a weight, and Flax's own annotations have no role, depth or name in the file."""
 
 
 class Config(Protocol):
@@ -140,10 +139,10 @@ def build_model(
         options: how it computes.
 
     Raises:
-        AgwmError: the family does not know the pooling, or float64 is asked for while JAX has it off.
+        AgwmError: the family does not know the pooling, or float64 is asked for in JAX's 32-bit mode.
     """
     options = Options() if options is None else options
-    if jnp.dtype(options.dtype) == np.float64 and not jax.config.jax_enable_x64:
+    if jnp.dtype(options.dtype) != jax.dtypes.canonicalize_dtype(options.dtype):
         raise AgwmError('dtype float64 needs JAX\'s 64-bit mode: jax.config.update("jax_enable_x64", True).')
     module = nnx.eval_shape(
         lambda: family.module(config, num_labels=num_labels, pooling=pooling, options=options, rngs=nnx.Rngs(0))
@@ -159,14 +158,15 @@ def build_model(
 
 
 def fresh_params(
-    weights: Weights, shapes: Shapes, *, seed: int, scale: float, paths: Iterable[str] | None = None
+    weights: Weights, shapes: Mapping[str, Any], *, seed: int, scale: float, paths: Iterable[str] | None = None
 ) -> dict[str, np.ndarray]:
     """Weights as they are before any training: N(0, scale), biases 0, scales of norms 1.
 
     By NumPy, so that they are the same bits on every device and version of XLA.
 
     Args:
-        weights, shapes: of the model.
+        weights: of the model.
+        shapes: arrays, or their shapes, by path.
         seed: of the random numbers.
         scale: `initializer_range`.
         paths: of these alone; None: all.

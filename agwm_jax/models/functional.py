@@ -25,8 +25,8 @@ def functionalize(
             before the call.
 
     Returns:
-        ``call(params, *arguments, **keywords)``, and `params`: a dict from path ("encoder.layers.query.kernel") to array.
-        A module of shapes only (`nnx.eval_shape`) gives a dict of `jax.ShapeDtypeStruct`.
+        ``call(params, *arguments, **keywords)``, and `params`: a dict from path ("encoder.layers.query.kernel") to
+        array. A module of shapes only (`nnx.eval_shape`) gives a dict of `jax.ShapeDtypeStruct`.
 
     Raises:
         AgwmError: by the function, if the paths are not exactly those of the module.

@@ -92,8 +92,8 @@ def load_pretrained(
             carries) or a hub id, of which config, tokenizer and safetensors alone are downloaded.
         num_labels: size of the head, c; None takes it from `label_names`, else from the folder, which must then hold a
             head.
-        label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names (but
-            for upper and lower case); its classes are then put in this order. None, or one name: no names are compared.
+        label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names
+            (in any case); its classes are then put in this order. None, or one name: no names are compared.
         dtype: dtype of the computation; weights are float32, or float64 where this is.
         pooling: "cls" | "mean"; None is what the folder was saved with, "cls" where it does not say.
         dropout: all three dropout rates; None keeps config.json's.
@@ -200,7 +200,7 @@ def save_pretrained(
             f"label_names are {list(names)}, expected {num_labels} different names, one for each output of the head."
         )
     if label_scale is not None:
-        params = _in_the_labels_unit(params, pretrained.model, *label_scale)
+        params = in_the_labels_unit(params, pretrained.model, *label_scale)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AgwmError(f"{folder} already exists and is not an empty folder; give another name or remove it.")
     tensors = to_tensors(params, pretrained.family, pretrained.family.table(pretrained.config))
@@ -273,7 +273,8 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _in_the_labels_unit(params: Mapping[str, Any], model: Model, mean: float, std: float) -> dict[str, Any]:
+def in_the_labels_unit(params: Mapping[str, Any], model: Model, mean: float, std: float) -> dict[str, Any]:
+    """The weights with the head's outputs times `std`, plus `mean`."""
     scaled = {path: np.asarray(params[path]) * params[path].dtype.type(std) for path in output_paths(model.weights)}
     return {
         path: scaled[path] + value.dtype.type(0 if model.weights[path].is_matrix else mean) if path in scaled else value

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Key
 from agwm_jax.core.types import Batch
 from agwm_jax.models.weights import Weights
 
-
 Effective = Mapping[str, Any]
 """Weights of a forward pass by path: an array each, of any kind that JAX takes, or a `Deferred` that computes it."""
 

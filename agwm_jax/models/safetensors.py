@@ -16,7 +16,7 @@ from agwm_jax.models.weights import CLASSES
 
 _WRAPPERS = ("module.", "_orig_mod.")
 """Before every name where a model was saved in the wrapper of data parallelism or of `torch.compile`."""
-_SHOWN = 3
+_SHOWN = 2
 
 
 def read_safetensors(folder: Path) -> dict[str, np.ndarray]:

@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple, get_args
 from agwm_jax.errors import AgwmError
 
 Role = Literal["kernel", "bias", "norm", "embedding", "head"]
-"""``kernel``: a matrix between two hidden representations (pooler included); ``bias``: added after one; ``norm``: scale or
-bias of a normalisation; ``embedding``: a table that is looked up; ``head``: kernels and biases of the task's classifier,
-which a pretrained checkpoint lacks."""
+"""``kernel``: a matrix between two hidden representations (pooler included); ``bias``: added after one; ``norm``: scale
+or bias of a normalisation; ``embedding``: a table that is looked up; ``head``: kernels and biases of the task's
+classifier, which a pretrained checkpoint lacks."""
 
 LAYERS = "layers"
 """Logical axis of weights that are stacked over layers; always the first."""
@@ -20,9 +20,10 @@ CLASSES = "classes"
 class Weight(NamedTuple):
     """One weight of a model.
 
-    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``positions``, ``types`` (rows of a
-    table), ``width`` (of the hidden state, as rows or columns of a matrix), ``heads`` (heads times their width), ``mlp``
-    (inner width), ``classes``; ``vector`` for the only axis of a bias or a norm that has the hidden state's width. The mesh maps them to devices by one small table.
+    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``positions``, ``types`` (rows of a table),
+    ``width`` (of the hidden state, as rows or columns of a matrix), ``heads`` (heads times their width), ``mlp`` (inner
+    width), ``classes``; ``vector`` for the only axis of a bias or a norm that has the hidden state's width. The mesh
+    maps them to devices by one small table.
     """
 
     role: Role
@@ -78,8 +79,8 @@ def matching(
     wrong = [f"{path} (a {weights[path].role})" for path in found if weights[path].role not in allowed]
     if wrong:
         raise AgwmError(
-            f"{setting} {pattern!r} matches {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; expected weights "
-            f"of role {' or '.join(allowed)} only: narrow the pattern."
+            f"{setting} {pattern!r} matches {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; expected "
+            f"weights of role {' or '.join(allowed)} only: narrow the pattern."
         )
     return found
 

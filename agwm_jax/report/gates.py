@@ -1,8 +1,9 @@
-"""Statistics of a saved alpha: mean A per layer and module, and the histogram of all entries of A."""
+"""Statistics of a saved gate: mean A per layer and module, and the histogram of all entries of A."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -10,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from agwm_jax.errors import AgwmError
 from agwm_jax.report.runs import Run
 
-# The order in which a sentence passes through the modules of a layer.
-MODULES = ("query", "key", "value", "attention_output", "intermediate", "output")
+COLLECTION = "alpha"
 BINS = 1000
 
 
@@ -35,12 +35,12 @@ class Gates(NamedTuple):
 
 
 def read_gates(run: Run) -> Gates | None:
-    """Statistics of `run`'s alpha.safetensors; None when the method saved none.
+    """Statistics of the collection "alpha" of the variables that a run learnt; None where it learnt none.
 
     Raises:
         AgwmError: a file that is no safetensors file, is cut off, or holds a factor without its partner.
     """
-    path = run.folder / "alpha.safetensors"
+    path = run.folder / "variables.safetensors"
     if not path.exists():
         return None
     layers: dict[str, np.ndarray] = {}
@@ -57,13 +57,8 @@ def read_gates(run: Run) -> Gates | None:
             else:
                 single[name] = means[0]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise AgwmError(
-            f"{path} is not a readable alpha file ({error}): remove the run folder or train it again."
-        ) from error
-    if not counts.sum():
-        raise AgwmError(f"{path} holds no alpha at all: remove the run folder or train it again.")
-    known = [name for name in MODULES if name in layers]
-    return Gates({name: layers[name] for name in [*known, *sorted(set(layers) - set(known))]}, single, counts)
+        raise AgwmError(f"{path} cannot be read ({error}): remove the run folder or train it again.") from error
+    return Gates(layers, single, counts) if counts.sum() else None
 
 
 def mean_gates(gates: Sequence[Gates]) -> Gates:
@@ -77,18 +72,25 @@ def mean_gates(gates: Sequence[Gates]) -> Gates:
 def _matrices(path: Path) -> Iterator[tuple[str, bool, Iterator[np.ndarray]]]:
     """(module name, has a layer axis, the matrices A): one layer at a time, for a large model needs the memory."""
     with safe_open(path, framework="numpy") as file:
-        for key in sorted(file.keys()):
-            stem, _, kind = key.rpartition(".")
-            if kind == "right":
-                file.get_slice(f"{stem}.left")
-            if kind not in ("left", "full"):
-                continue
-            left = np.asarray(file.get_tensor(key), dtype=np.float32)
-            right = np.asarray(file.get_tensor(f"{stem}.right"), dtype=np.float32) if kind == "left" else None
-            parts = stem.split(".")
+        order = json.loads((file.metadata() or {}).get("weights", "[]"))
+        factors: dict[str, list[str]] = {}
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            collection, _, rest = key.partition("/")
+            if collection == COLLECTION:
+                weight, _, factor = rest.partition("/")
+                factors.setdefault(weight, []).append(factor)
+        for weight in sorted(factors, key=lambda name: order.index(name) if name in order else len(order)):
+            left, right = _tensor(file, weight, "left" if "left" in factors[weight] else ""), None
+            if factors[weight] != [""]:
+                right = _tensor(file, weight, "right")
+            parts = weight.split(".")
             name = parts[-2] if parts[-1] == "kernel" and len(parts) > 1 else parts[-1]
             stacked = left.ndim == 3
             yield name, stacked, _layers(left, right, stacked)
+
+
+def _tensor(file: Any, weight: str, factor: str) -> np.ndarray:
+    return np.asarray(file.get_tensor("/".join(filter(None, (COLLECTION, weight, factor)))), dtype=np.float32)
 
 
 def _layers(left: np.ndarray, right: np.ndarray | None, stacked: bool) -> Iterator[np.ndarray]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from agwm_jax.report.groups import BASELINE, CONTROL, Group
+from agwm_jax.report.comparisons import Comparison
+from agwm_jax.report.runs import phase_kind
 from agwm_jax.report.style import Look
 from agwm_jax.report.table import Summary, summarize
 
@@ -28,45 +29,45 @@ class Panel(NamedTuple):
     smooth: bool = True
 
 
-PANELS = (
-    Panel("search, inner level: training-split loss", "search", "loss", "loss"),
-    Panel("search, outer level: validation-split loss", "search", "outer_loss", "loss"),
-    Panel("finetune: training loss", "finetune", "loss", "loss"),
-    Panel(
-        "search: share of the pretrained weight",
-        "search",
-        "alpha_mean",
-        "mean of 1 - A (%)",
-        lambda a: 100 * (1 - a),
-        False,
-    ),
-)
+def panels(kind: str) -> tuple[Panel, ...]:
+    """What may be shown of a kind of phase: losses of both levels, and the gate."""
+    return (
+        Panel(f"{kind}: training loss", kind, "loss", "loss"),
+        Panel(f"{kind}: validation-split loss", kind, "outer_loss", "loss"),
+        Panel(
+            f"{kind}: share of the pretrained weight",
+            kind,
+            "alpha_mean",
+            "mean of 1 - A (%)",
+            lambda a: 100 * (1 - a),
+            False,
+        ),
+    )
 
 
-def verdict(group: Group) -> tuple[str, str]:
-    """The result of `group`, claim and figures: the best of the compared methods against plain fine-tuning."""
-    rows = summarize(group)
-    rivals = [row for row in rows if row.difference and not row.method.startswith(CONTROL)]
-    rivals = rivals or [row for row in rows if row.difference]
+def verdict(comparison: Comparison) -> tuple[str, str]:
+    """The result, claim and figures: the best of the compared methods against the baseline."""
+    rows = summarize(comparison)
+    rivals = [row for row in rows if row.difference]
     if not rivals:
         best = max(rows, key=lambda row: row.mean)
         spread = f" ± {100 * best.std:.1f}" if math.isfinite(best.std) else ""
         return f"{best.method} reaches {100 * best.mean:.1f}{spread}", seeds(best.n)
-    return _compare(max(rivals, key=lambda row: row.mean))
+    return _compare(max(rivals, key=lambda row: row.mean), comparison.baseline)
 
 
-def _compare(row: Summary) -> tuple[str, str]:
+def _compare(row: Summary, baseline: str) -> tuple[str, str]:
     difference = row.difference
     assert difference is not None
     size = f"{100 * difference.mean:+.2f} points"
     if math.isnan(difference.low):
-        return f"{row.method} minus {BASELINE}: {size}", f"{seeds(difference.n)}, too few for an interval"
+        return f"{row.method} minus {baseline}: {size}", f"{seeds(difference.n)}, too few for an interval"
     size += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], {seeds(difference.n)}"
     if difference.low > 0:
-        return f"{row.method} beats {BASELINE}", size
+        return f"{row.method} beats {baseline}", size
     if difference.high < 0:
-        return f"{row.method} is worse than {BASELINE}", size
-    return f"{row.method} and {BASELINE}: no clear difference", size
+        return f"{row.method} is worse than {baseline}", size
+    return f"{row.method} and {baseline}: no clear difference", size
 
 
 def seeds(n: int) -> str:
@@ -74,10 +75,10 @@ def seeds(n: int) -> str:
     return f"{n} seed" + "s" * (n != 1)
 
 
-def draw_scores(axes: "Axes", group: Group, looks: Mapping[str, Look]) -> None:
+def draw_scores(axes: "Axes", comparison: Comparison, looks: Mapping[str, Look]) -> None:
     """Every seed of every method as a point, the same seed joined by a line, the mean as a bar with its value."""
-    names = list(group.methods)
-    scores = {name: {run.seed: 100 * run.score for run in runs} for name, runs in group.methods.items()}
+    names = list(comparison.methods)
+    scores = {name: {run.seed: 100 * run.score for run in runs} for name, runs in comparison.methods.items()}
     for seed in sorted({seed for each in scores.values() for seed in each}):
         at = [index for index, name in enumerate(names) if seed in scores[name]]
         axes.plot(at, [scores[names[index]][seed] for index in at], color="#cfcfcf", linewidth=1.0, zorder=1)
@@ -111,7 +112,7 @@ def draw_scores(axes: "Axes", group: Group, looks: Mapping[str, Look]) -> None:
         )
     labels = [name.replace(" (", "\n").replace(", ", "\n").rstrip(")") for name in names]
     crowded = len(names) > 4
-    labels = [label.replace("frozen_", "frozen_\n") for label in labels] if crowded else labels
+    labels = [label.replace("_", "_\n") for label in labels] if crowded else labels
     axes.set_xticks(range(len(names)), labels, fontsize=11 if not crowded else 8.5 if len(names) == 5 else 7.5)
     # Room for at least three, so that the bar of a lone method is not as wide as the panel.
     room = max(0.0, (3 - len(names)) / 2)
@@ -120,7 +121,7 @@ def draw_scores(axes: "Axes", group: Group, looks: Mapping[str, Look]) -> None:
     low, high = axes.get_ylim()
     if high - low < 1.0:  # differences within a point should not fill the panel
         axes.set_ylim((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
-    axes.set_ylabel(f"{group.metric.replace('_', '-')}, {group.split} split (points)")
+    axes.set_ylabel(f"{comparison.metric.replace('_', '-')}, {comparison.split} split (points)")
 
 
 def draw_curves(axes: "Axes", panel: Panel, records: Records, looks: Mapping[str, Look]) -> None:
@@ -163,8 +164,15 @@ def draw_curves(axes: "Axes", panel: Panel, records: Records, looks: Mapping[str
 
 
 def panels_with_data(records: Records) -> list[Panel]:
-    """The panels for which at least one run wrote something."""
-    return [panel for panel in PANELS if any(_curves(run, panel) for runs in records.values() for run in runs)]
+    """The panels for which at least one run wrote something; losses first, what most methods train last."""
+    runs = [run for members in records.values() for run in members]
+    kinds = dict.fromkeys(phase_kind(record["phase"]) for run in runs for record in run)
+    found = [panel for kind in kinds for panel in panels(kind) if any(_curves(run, panel) for run in runs)]
+
+    def order(panel: Panel) -> tuple[bool, int]:
+        return not panel.smooth, sum(any(_curves(run, panel) for run in members) for members in records.values())
+
+    return sorted(found, key=order)
 
 
 def draw_legend(
@@ -182,11 +190,7 @@ def _curves(run: Sequence[Mapping[str, Any]], panel: Panel) -> list[tuple[np.nda
     phases: dict[str, list[tuple[int, float]]] = {}
     for record in run:
         value = record.get(panel.key)
-        if (
-            str(record["phase"]).split("-")[0] == panel.phase
-            and isinstance(value, int | float)
-            and math.isfinite(value)
-        ):
+        if phase_kind(str(record["phase"])) == panel.phase and isinstance(value, int | float) and math.isfinite(value):
             phases.setdefault(record["phase"], []).append((record["step"], value))
     return [
         (np.array([s for s, _ in points]), panel.transform(np.array([v for _, v in points])))

@@ -10,6 +10,18 @@ import yaml
 
 from agwm_jax.errors import AgwmError
 
+# What else than phases result.json times.
+_NO_PHASE = ("prepare", "compile", "checkpoint", "evaluate", "total")
+# Sections that the configs of version 0.3 have and later ones lack.
+_OLD_SECTIONS = ("mixup", "search", "hypergradient")
+
+
+class ReportWarning(NamedTuple):
+    """Something worth a look: a short fixed `name` to search for, and a `message` that says what was seen."""
+
+    name: str
+    message: str
+
 
 class Run(NamedTuple):
     """One run folder: its settings and, when it is finished, its result."""
@@ -37,10 +49,30 @@ class Run(NamedTuple):
         """Name of the pretrained model."""
         return str((self.result or {}).get("model", self.config.get("model.path", self.config.get("model.name", "?"))))
 
-    def seconds(self, phase: str) -> float:
-        """Seconds of all phases that start with `phase` (search-0, search-1, ...); NaN when there is none."""
-        times = [_number(value) for key, value in self._table("seconds").items() if key.split("-")[0] == phase]
-        return sum(times) if times else math.nan
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, those of one kind (search-0, search-1, ...) summed, in the order in which they were trained."""
+        found: dict[str, float] = {}
+        for key, value in self._table("seconds").items():
+            if key not in _NO_PHASE:
+                kind = phase_kind(key)
+                found[kind] = found.get(kind, 0.0) + _number(value)
+        return found
+
+    @property
+    def total_seconds(self) -> float:
+        """From the start to the result; NaN where it is not known."""
+        return _number(self._table("seconds").get("total"))
+
+    @property
+    def warnings(self) -> list[ReportWarning]:
+        """What the run itself warned of."""
+        found = (self.result or {}).get("warnings") or []
+        return [
+            ReportWarning(str(one["name"]), str(one.get("message", "")))
+            for one in found
+            if isinstance(one, dict) and "name" in one
+        ]
 
     def groups(self) -> dict[str, float]:
         """Accuracy (or the first metric there is) of each group of the reported split."""
@@ -57,8 +89,13 @@ class Run(NamedTuple):
         return value if isinstance(value, dict) else {}
 
 
-def read_run(folder: Path) -> Run | None:
-    """Reads config.yaml and, if it is there, result.json; None when the config is not that of a run."""
+def phase_kind(phase: str) -> str:
+    """What several phases of one kind have in common: "search" of "search-0"."""
+    return phase.split("-")[0]
+
+
+def read_run(folder: Path) -> Run | ReportWarning:
+    """Reads config.yaml and, if it is there, result.json; or says why the folder is none of a run of this version."""
     path = folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -68,7 +105,12 @@ def read_run(folder: Path) -> Run | None:
         raise AgwmError(
             f"{path}{line} cannot be read as YAML ({_short(error)}): restore it or remove the folder."
         ) from error
-    flat = _flatten(config) if isinstance(config, Mapping) else {}
+    config = config if isinstance(config, Mapping) else {}
+    old = next((section for section in _OLD_SECTIONS if section in config), None)
+    if old is not None:
+        text = f"{folder} is a run of version 0.3 (its config.yaml has a section {old}): report it with that version."
+        return ReportWarning("run_of_another_version", text)
+    flat = _flatten(config)
     method = flat.get("method.name", flat.get("method"))
     # The generated task has no name of its own, only a source.
     task = next(
@@ -76,7 +118,8 @@ def read_run(folder: Path) -> Run | None:
         None,
     )
     if not method or not task:
-        return None
+        text = f"{folder}: its config.yaml names no method and task, so it is no run; the folder is left out."
+        return ReportWarning("not_a_run", text)
     result = None
     if (folder / "result.json").exists():
         result = _load_json((folder / "result.json"), _read(folder / "result.json"))
@@ -94,7 +137,8 @@ def read_run(folder: Path) -> Run | None:
 
 
 def read_records(run: Run) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; of a step that a resumed run wrote twice, the last. Empty when there is no such file.
+    """Lines of metrics.jsonl; of a step that a resumed run wrote twice, the last. Phases in the order in
+    which they began. Empty when there is no such file.
 
     Raises:
         AgwmError: a line that is not a JSON object, with file and line number.
@@ -112,7 +156,8 @@ def read_records(run: Run) -> list[dict[str, Any]]:
                 f"{path}, line {number}: an object with `phase` and a whole `step` was expected: remove the line."
             )
         records[record["phase"], record["step"]] = record
-    return sorted(records.values(), key=lambda record: (_phase_key(record["phase"]), record["step"]))
+    order = {phase: number for number, phase in enumerate(dict.fromkeys(phase for phase, _ in records))}
+    return sorted(records.values(), key=lambda record: (order[record["phase"]], record["step"]))
 
 
 def _flatten(value: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
@@ -124,12 +169,6 @@ def _flatten(value: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[path] = str(child)
     return flat
-
-
-def _phase_key(phase: str) -> tuple[str, int]:
-    stem, _, number = phase.partition("-")
-    # Search comes before finetune, and split 10 after split 9.
-    return ("0" if stem == "search" else "1" + stem, int(number) if number.isdigit() else 0)
 
 
 def _read(path: Path) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.report.groups import BASELINE, CONTROL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
 WIDTH = 9.0  # inches; at 900 pixels a point of type is 1.4 pixels
 INK, FAINT = "#222222", "#8a8a8a"
 # Okabe and Ito's palette, which the common colour blindnesses keep apart (its yellow is too pale for lines).
-_FIXED = {BASELINE: ("#555555", "o"), CONTROL: ("#E69F00", "s"), "agwm": ("#0072B2", "D")}
+_BASELINE = ("#555555", "o")
 _OTHERS = (
+    ("#0072B2", "D"),
+    ("#E69F00", "s"),
     ("#D55E00", "^"),
     ("#009E73", "v"),
     ("#CC79A7", "P"),
@@ -61,11 +62,10 @@ class Look(NamedTuple):
     marker: str
 
 
-def looks(methods: Sequence[str]) -> dict[str, Look]:
-    """A look for each method; the baseline, the control and agwm always have the same."""
-    others = [method for method in methods if method not in _FIXED]
-    chosen = {method: Look(*_FIXED[method]) for method in methods if method in _FIXED}
-    return chosen | {method: Look(*_OTHERS[i % len(_OTHERS)]) for i, method in enumerate(others)}
+def looks(methods: Sequence[str], *, baseline: str) -> dict[str, Look]:
+    """A look for each method: grey for the baseline, colours for the others in their order."""
+    others = [method for method in methods if method != baseline]
+    return {baseline: Look(*_BASELINE)} | {name: Look(*_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(others)}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from agwm_jax.report.groups import BASELINE, Collection, Group
+from agwm_jax.report.comparisons import Collection, Comparison
 from agwm_jax.report.runs import Run
 
 RESAMPLES = 10_000
@@ -33,6 +33,7 @@ class Summary(NamedTuple):
     std: float
     difference: Difference | None
     seconds: dict[str, float]
+    total_seconds: float
     peak_memory: float
 
 
@@ -60,77 +61,86 @@ def paired_difference(
     return Difference(float(values.mean()), low, high, len(values))
 
 
-def summarize(group: Group) -> list[Summary]:
-    """One summary a method of `group`, in the order of its methods."""
+def summarize(comparison: Comparison) -> list[Summary]:
+    """One summary a method, in the order of the methods."""
     rows = []
-    for method, runs in group.methods.items():
-        name = group.baseline(method)
-        baseline = {run.seed: run.score for run in group.methods.get(name or "", [])}
+    for method, runs in comparison.methods.items():
+        rival = comparison.rival(method)
+        baseline = {run.seed: run.score for run in comparison.methods.get(rival or "", [])}
         scores = np.array([run.score for run in runs])
         own = {run.seed: run.score for run in runs}
-        difference = None if runs[0].method == BASELINE else paired_difference(own, baseline)
-        times = {phase: _mean([run.seconds(phase) for run in runs]) for phase in ("search", "finetune", "total")}
+        difference = None if comparison.is_baseline(method) else paired_difference(own, baseline)
+        times = {phase: _mean([run.seconds.get(phase, math.nan) for run in runs]) for phase in runs[0].seconds}
+        total = _mean([run.total_seconds for run in runs])
         memory = [_memory(run) for run in runs]
         std = float(scores.std(ddof=1)) if len(scores) > 1 else math.nan
-        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, _max(memory)))
+        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, total, _max(memory)))
     return rows
 
 
-def results_table(group: Group) -> str:
-    """Markdown table of `group`: one row a method; scores and differences in points (times 100)."""
+def results_table(comparison: Comparison) -> str:
+    """Markdown table: one row a method; scores and differences in points (times 100)."""
+    summaries = summarize(comparison)
+    phases = _phases(summaries)
     head = (
         "method",
         "mean",
         "std",
         "n seeds",
-        f"difference to {BASELINE}",
-        "search s",
-        "finetune s",
+        f"difference to {comparison.baseline}",
+        *(f"{phase} s" for phase in phases),
         "total s",
         "peak memory",
     )
     rows = []
-    for row in summarize(group):
-        times = [f"{row.seconds[phase]:.1f}" for phase in ("search", "finetune", "total")]
+    for row in summaries:
+        times = [f"{row.seconds.get(phase, math.nan):.1f}" for phase in phases]
         memory = f"{row.peak_memory / 2**30:.2f} GiB"
         cells = [
             row.method,
             f"{100 * row.mean:.2f}",
             f"{100 * row.std:.2f}",
             str(row.n),
-            difference_text(row),
+            difference_text(comparison, row),
             *times,
+            f"{row.total_seconds:.1f}",
             memory,
         ]
         rows.append(["-" if "nan" in cell.split() else cell for cell in cells])
     return _markdown(head, rows)
 
 
-def difference_text(row: Summary) -> str:
+def _phases(summaries: Sequence[Summary]) -> list[str]:
+    """All kinds of phases; the one that most methods have, the last stage of all, last."""
+    found = list(dict.fromkeys(phase for row in summaries for phase in row.seconds))
+    return sorted(found, key=lambda phase: sum(phase in row.seconds for row in summaries))
+
+
+def difference_text(comparison: Comparison, row: Summary) -> str:
     """The difference cell: "+1.20 [+0.31, +2.05], n = 5", or why there is no interval."""
     difference = row.difference
     if difference is None:
-        return "-" if row.method.split(" (")[0] == BASELINE else f"n/a (no {BASELINE} run to pair with)"
+        return "-" if comparison.is_baseline(row.method) else f"n/a (no {comparison.baseline} run to pair with)"
     text = f"{100 * difference.mean:+.2f}"
     if math.isnan(difference.low):
         return f"{text}, interval n/a (n < {MIN_PAIRS})"
     return f"{text} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], n = {difference.n}"
 
 
-def interval_sentence() -> str:
+def interval_sentence(baseline: str) -> str:
     """What mean, spread and interval are, in words."""
     return (
         "Scores are in points (metric times 100), after the last epoch. Mean and standard deviation (n - 1) are over "
-        f"seeds. The difference is paired: score minus that of {BASELINE} with the same seed, averaged over the n "
+        f"seeds. The difference is paired: score minus that of {baseline} with the same seed, averaged over the n "
         f"common seeds; the brackets hold its 95 % percentile-bootstrap interval over them ({RESAMPLES:,} resamples, "
         "fixed seed). An interval that contains 0 is no evidence of a difference; with fewer than about 10 seeds it is "
         "narrower than it should be. Seconds are means over seeds, peak memory is the largest."
     )
 
 
-def groups_table(group: Group) -> str:
+def groups_table(comparison: Comparison) -> str:
     """Markdown table of the scores per group (e.g. phenomenon) of the reported split; empty without groups."""
-    found = {method: [run.groups() for run in runs] for method, runs in group.methods.items()}
+    found = {method: [run.groups() for run in runs] for method, runs in comparison.methods.items()}
     names = sorted({name for runs in found.values() for run in runs for name in run})
     if not names:
         return ""
@@ -147,26 +157,26 @@ def groups_table(group: Group) -> str:
 
 def results_csv(collection: Collection) -> str:
     """All finished runs, one row a run; raw scores, seconds and bytes."""
-    runs = [(group, run) for group in collection.groups for members in group.methods.values() for run in members]
+    runs = [(each, run) for each in collection.comparisons for members in each.methods.values() for run in members]
     phases = sorted({key for _, run in runs for key in _seconds(run)})
     scores = sorted({key for _, run in runs for key in _scores(run)})
-    head = ["group", "task", "model", "train_size", "method", "seed", "metric", "split", "score", *scores]
+    head = ["comparison", "task", "model", "train_size", "method", "seed", "metric", "split", "score", *scores]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         [*head, *(f"seconds.{phase}" for phase in phases), "peak_memory_bytes", "device", "git_commit", "folder"]
     )
-    for group, run in runs:
+    for comparison, run in runs:
         result = run.result or {}
         row = [
-            group.title,
+            comparison.title,
             run.task,
             run.model,
             run.train_size,
             run.method,
             run.seed,
-            group.metric,
-            group.split,
+            comparison.metric,
+            comparison.split,
             run.score,
         ]
         row += [_scores(run).get(key, "") for key in scores] + [_seconds(run).get(key, "") for key in phases]

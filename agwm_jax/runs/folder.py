@@ -9,19 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import yaml
 
-from agwm_jax.core.types import Alpha, LowRank, Params
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.interface import Weights
 from agwm_jax.settings.config import Config, config_fingerprint, dump_config, load_config
 
-ALPHA_FORMAT = "agwm_jax.alpha.v1"
-TASK_FORMAT = "agwm_jax.task.v1"
+_OLD_FILES = ("task.safetensors", "alpha.safetensors")
+_OLD_SECTIONS = ("mixup", "search", "hypergradient")
 
 
 def check(folder: Path, config: Config) -> None:
@@ -32,7 +27,7 @@ def check(folder: Path, config: Config) -> None:
     """
     saved = folder / "config.yaml"
     if saved.exists():
-        theirs = load_config(saved)
+        theirs = read_config(folder)
         if config_fingerprint(theirs) != config_fingerprint(config):
             changes = "; ".join(_differences(theirs.model_dump(mode="json"), config.model_dump(mode="json")))
             raise AgwmError(
@@ -68,11 +63,26 @@ def read_config(folder: Path) -> Config:
     """The configuration of a run.
 
     Raises:
-        AgwmError: no run folder.
+        AgwmError: no run folder, or one of version 0.3.
     """
-    if not (folder / "config.yaml").is_file():
+    path = folder / "config.yaml"
+    if not path.is_file():
         raise AgwmError(f"{folder} is no run folder (it has no config.yaml); expected the --run.output of a training.")
-    return load_config(folder / "config.yaml")
+    old = [name for name in _OLD_FILES if (folder / name).exists()] or _old_sections(path)
+    if old:
+        raise AgwmError(
+            f"{folder} is a run of version 0.3 ({', '.join(old)}), which this version does not read: use it with "
+            "agwm-jax 0.3, or train again in a new folder."
+        )
+    return load_config(path)
+
+
+def _old_sections(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []  # `load_config` says what is wrong with it
+    return [f"{path.name} has a section {name}" for name in _OLD_SECTIONS if name in (content or {})]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -95,12 +105,13 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    with _whole(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to in place of `path`, which then appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
@@ -110,7 +121,7 @@ def _whole(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def weights_digest(params: Mapping[str, jax.Array]) -> str:
+def weights_digest(params: Mapping[str, Any]) -> str:
     """SHA-256 of weights by path: tells whether a checkpoint is the one that a run started from."""
     digest = hashlib.sha256()
     for path in sorted(params):
@@ -119,96 +130,15 @@ def weights_digest(params: Mapping[str, jax.Array]) -> str:
     return digest.hexdigest()
 
 
-def save_weights(
-    folder: Path, weights: Weights, *, complement: str, rank: int | str, pretrained: str, task: bool
-) -> None:
-    """Write alpha.safetensors (where the method has an alpha) and, with `task`, task.safetensors.
-
-    Args:
-        folder: of the run.
-        weights: what the method learnt.
-        complement, rank: of the mixture.
-        pretrained: `weights_digest` of the checkpoint that both belong to.
-        task: write the task weights too.
-    """
-    if weights.alpha:
-        tensors = {}
-        for path, factors in weights.alpha.items():
-            named = factors._asdict() if isinstance(factors, LowRank) else {"full": factors}
-            tensors.update({f"{path}.{name}": np.asarray(x) for name, x in named.items()})
-        metadata = {"format": ALPHA_FORMAT, "complement": complement, "rank": str(rank), "pretrained": pretrained}
-        _save(folder / "alpha.safetensors", tensors, metadata)
-    if task:
-        metadata = {"format": TASK_FORMAT, "gates": str(len(weights.alpha)), "pretrained": pretrained}
-        _save(folder / "task.safetensors", {path: np.asarray(x) for path, x in weights.task.items()}, metadata)
-
-
-def load_weights(folder: Path, *, complement: str, pretrained: str) -> Weights:
-    """The weights that a run learnt; an alpha is only mixed by the rule, and into the W0, that it was trained with.
-
-    Raises:
-        AgwmError: the run is not finished or kept no weights, a file is damaged or missing, or the weights were trained
-            with another complement or from another checkpoint.
-    """
-    if not (folder / "task.safetensors").exists():
-        state = "was made with run.save_weights false" if read_result(folder) else "is not finished: run it again first"
-        raise AgwmError(f"{folder} has no trained weights (task.safetensors): the run {state}.")
-    task, metadata = _load(folder / "task.safetensors")
-    if metadata.get("pretrained") != pretrained:
-        raise AgwmError(
-            f"{folder} was trained from another checkpoint than the one that model.path now leads to: its weights mean "
-            "nothing without it. Restore that checkpoint, or pin model.revision when you train from a hub."
-        )
-    has_alpha = metadata.get("gates") != "0"
-    return Weights(task, load_alpha(folder / "alpha.safetensors", complement=complement) if has_alpha else {})
-
-
-def load_alpha(path: Path, *, complement: str) -> Alpha:
-    """Alpha from a file that `save_weights` wrote.
-
-    Raises:
-        AgwmError: no such file, no alpha, or one trained with another complement.
-    """
-    tensors, metadata = _load(path)
-    if metadata.get("format") != ALPHA_FORMAT:
-        raise AgwmError(
-            f"{path} is no alpha of this library (format {metadata.get('format')!r}, expected {ALPHA_FORMAT!r})."
-        )
-    if metadata["complement"] != complement:
-        raise AgwmError(
-            f"{path} was trained with complement={metadata['complement']!r} and must not be mixed with {complement!r}."
-        )
-    alpha: Alpha = {}
-    for name, value in tensors.items():
-        weight, kind = name.rsplit(".", 1)
-        if kind == "full":
-            alpha[weight] = value
-        elif kind == "left":
-            alpha[weight] = LowRank(value, tensors[f"{weight}.right"])
-    return alpha
-
-
-def _save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    try:
-        with _whole(path) as partial:
-            save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, partial, metadata=metadata)
-    except SafetensorError as error:
-        raise AgwmError(f"could not write {path}: {error}; free disk space and run the same command again.") from error
-
-
-def _load(path: Path) -> tuple[Params, dict[str, str]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise AgwmError(f"{path} cannot be read as safetensors: {error}; restore it or train again.") from error
-
-
-def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        names = [name for name in {**theirs, **ours} if path or name not in ("run", "mesh")]
-        found = [_differences(theirs.get(name), ours.get(name), f"{path}.{name}".strip(".")) for name in names]
-        if not path:
-            found.append(_differences(theirs["run"]["seed"], ours["run"]["seed"], "run.seed"))
-        return [line for lines in found for line in lines]
+def differences(theirs: Any, ours: Any, path: str) -> list[str]:
+    """Where two nested mappings differ, as parts of a sentence."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        names = {**theirs, **ours}
+        return [x for name in names for x in differences(theirs.get(name), ours.get(name), f"{path}.{name}".strip("."))]
     return [] if theirs == ours else [f"{path} is {theirs!r} there and {ours!r} here"]
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    kept = [{name: section for name, section in x.items() if name not in ("run", "mesh")} for x in (theirs, ours)]
+    seeds = [x["run"]["seed"] for x in (theirs, ours)]
+    return [*differences(*kept, ""), *differences(*seeds, "run.seed")]

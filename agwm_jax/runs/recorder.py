@@ -1,13 +1,11 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events and the progress bars."""
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events, warnings and the progress bar."""
 
-import functools
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -23,96 +21,82 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from agwm_jax.engine.lanes import Round
-from agwm_jax.methods.interface import Phase
-from agwm_jax.methods.search_warnings import search_warnings
+from agwm_jax.engine.observer import records_of
+from agwm_jax.methods.interface import Method, MethodWarning, Phase
 from agwm_jax.runs.folder import write_text
 
 
-class Recorder:
-    """Writes the records of one seed.
+class Told(NamedTuple):
+    """A member of a group as the user is told of it."""
 
-    Args:
-        folder: the run folder.
-        keep: which records of an earlier process stay, ``keep(phase, step)``; the others are of steps that are taken
-            again.
-        tensorboard: write event files too.
-        say: tells the user.
-    """
+    folder: Path
+    """Its run folder."""
+    name: str
+    """How a line calls it; "" for a run that is alone."""
+    method: Method
 
-    def __init__(
-        self, folder: Path, *, keep: Callable[[str, int], bool], tensorboard: bool, say: Callable[[str], None]
-    ):
-        """Open the files of `folder`."""
-        path = folder / "metrics.jsonl"
-        self.records: list[dict[str, Any]] = _records_before(path, keep)
+
+class _Files:
+    """Writes the records of one member."""
+
+    def __init__(self, told: Told, *, lies_before: Callable[[str, int], bool], tensorboard: bool):
+        path = told.folder / "metrics.jsonl"
+        self.records = _records_before(path, lies_before)
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = path.open("a")
-        self._events = _open_events(folder / "tensorboard", len(self.records)) if tensorboard else None
-        self._say = say
-        self._of_phase: dict[str, list[dict[str, Any]]] = {}
+        self._file = path.open("a", encoding="utf-8")
+        self._events = _open_events(told.folder / "tensorboard", len(self.records)) if tensorboard else None
+        self._method = told.method
+        self._of_phase: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for record in self.records:
-            self._of_phase.setdefault(record["phase"], []).append(record)
+            self._of_phase[record["phase"]].append(record)
         self._warned: dict[str, set[str]] = defaultdict(set)
         self._next_look: dict[str, float] = defaultdict(float)
 
     def close(self) -> None:
-        """Close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
 
-    def chunk(self, phase: Phase, infos: Sequence[Mapping[str, float]], *, step: int, offset: int) -> None:
-        """Record steps `step`, `step` + 1, ... of a phase whose first step is the run's `offset`-th."""
-        name, own = phase.name, self._of_phase.setdefault(phase.name, [])
-        for i, info in enumerate(infos, start=step):
-            values = {key: value if math.isfinite(value) else None for key, value in info.items()}
-            record = {"phase": name, "step": i, "num_steps": phase.num_steps, "global_step": offset + i, **values}
-            self.records.append(record)
-            own.append(record)
-            self._file.write(json.dumps(record) + "\n")
-            if self._events is not None:
-                for key, value in info.items():
-                    summary = scalar(f"{name.split('-')[0]}/{key}", value)
-                    self._events.write_event(Event(wall_time=time.time(), step=offset + i, summary=summary))
+    def add(self, phase: str, infos: Sequence[Mapping[str, float]], records: Sequence[dict[str, Any]]) -> None:
+        self.records += records
+        self._of_phase[phase] += records
+        self._file.write("".join(json.dumps(record) + "\n" for record in records))
         self._file.flush()
-        if self._events is not None:
-            self._events.flush()
-        if name.startswith("search"):
-            self._warn(name, last_chunk=step + len(infos) == phase.num_steps)
+        if self._events is None:
+            return
+        for info, record in zip(infos, records, strict=True):
+            for key, value in info.items():
+                summary = scalar(f"{phase.split('-')[0]}/{key}", value)
+                self._events.write_event(Event(wall_time=time.time(), step=record["global_step"], summary=summary))
+        self._events.flush()
 
-    def _warn(self, phase: str, *, last_chunk: bool) -> None:
-        """Name a failure signature the first time that a search shows it."""
+    def new_warnings(self, phase: str, *, last_chunk: bool) -> list[MethodWarning]:
+        """The failure signatures that a phase shows for the first time."""
         # Looking costs a pass over the records: at growing distances, so that a long search costs a few passes in all.
         records, warned = self._of_phase[phase], self._warned[phase]
         if len(records) < self._next_look[phase] and not last_chunk:
-            return
+            return []
         self._next_look[phase] = 1.2 * len(records)
-        for warning in search_warnings(records):
-            if warning.name not in warned:
-                warned.add(warning.name)
-                self._say(f"warning: {warning.message} [{warning.name}]")
+        found = [warning for warning in self._method.warnings(records) if warning.name not in warned]
+        warned |= {warning.name for warning in found}
+        return found
 
 
-class Recorders:
-    """What a group of runs tells: a `Recorder` a member, and one display; a context manager.
+class Recorder:
+    """The observer that writes run folders and shows a bar; a context manager.
 
     Args:
-        folders: run folder of each member.
-        names: how the display calls each member; "" for a run that is alone.
+        members: of the group.
         tensorboard: write event files too.
-        progress: show bars.
-        active: whether this process is the one that writes and tells; the others only keep count of who diverged.
+        progress: show the bar.
+        active: whether this process is the one that writes and tells.
     """
 
-    def __init__(
-        self, folders: Sequence[Path], names: Sequence[str], *, tensorboard: bool, progress: bool, active: bool = True
-    ):
+    def __init__(self, members: Sequence[Told], *, tensorboard: bool, progress: bool, active: bool = True):
         """Nothing is opened yet."""
-        self.diverged: dict[int, str] = {}
-        """What happened to members that are given up."""
-        self.names, self._folders, self._tensorboard, self._active = names, folders, tensorboard, active
-        self._recorders: list[Recorder] = []
+        self._members, self._tensorboard, self._active = members, tensorboard, active
+        self._files: list[_Files] = []
+        self._given_up: set[int] = set()
         self._console = Console(stderr=True, quiet=not active)
         self._progress = Progress(
             TextColumn("{task.description:<12}"),
@@ -128,57 +112,61 @@ class Recorders:
         self._bar: TaskID | None = None
         self._last: dict[tuple[int, str], Mapping[str, float]] = {}
 
-    def __enter__(self):
-        """Show the bars."""
+    def __enter__(self) -> "Recorder":
+        """Show the bar."""
         self._progress.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         """Close the files, whatever happened."""
         self._progress.stop()
-        for recorder in self._recorders:
-            recorder.close()
-
-    def open(self, keep: Callable[[str, int], bool]) -> None:
-        """Open the files; see `Recorder`."""
-        if self._active:
-            for folder, name in zip(self._folders, self.names, strict=True):
-                say = functools.partial(self._say_of, name)
-                self._recorders.append(Recorder(folder, keep=keep, tensorboard=self._tensorboard, say=say))
+        for files in self._files:
+            files.close()
 
     def records(self, member: int) -> list[dict[str, Any]]:
-        """The records of a member."""
-        return self._recorders[member].records
+        """The lines of metrics.jsonl of a member."""
+        return self._files[member].records if self._files else []
 
-    def say(self, text: str) -> None:
-        """A line above the bars."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def resume(self, lies_before: Callable[[str, int], bool]) -> None:
+        """Open the files; steps that an earlier process took and that are taken again are dropped."""
+        if self._active:
+            options: dict[str, Any] = {"lies_before": lies_before, "tensorboard": self._tensorboard}
+            self._files = [_Files(told, **options) for told in self._members]
 
-    def _say_of(self, name: str, text: str) -> None:
-        self.say(f"{name}: {text}" if name else text)
-
-    def begin(self, round_: Round, *, step: int) -> None:
-        """Phases start, or continue at `step`."""
+    def begin(self, stage: str, *, step: int, num_steps: int) -> None:
+        """Show a bar for the stage."""
         self._last = {}
-        self._bar = self._progress.add_task(round_.name, total=round_.num_steps, completed=step, losses="compiling")
+        self._bar = self._progress.add_task(stage, total=num_steps, completed=step, losses="compiling")
 
     def chunk(self, member: int, phase: Phase, infos: Sequence[Mapping[str, float]], *, step: int, offset: int) -> None:
-        """See `Recorder.chunk`; what comes after a member was given up is not kept."""
-        if member not in self.diverged:
-            self._last[member, phase.name] = infos[-1]
-            if self._active:
-                self._recorders[member].chunk(phase, infos, step=step, offset=offset)
+        """Write the records, and name a failure signature the first time that a phase shows it."""
+        self._last[member, phase.name] = infos[-1]
+        self._show(step + len(infos))
+        if not self._active:
+            return
+        files = self._files[member]
+        files.add(phase.name, infos, records_of(phase, infos, step=step, offset=offset))
+        for warning in files.new_warnings(phase.name, last_chunk=step + len(infos) == phase.num_steps):
+            self._say_of(member, f"warning: {warning.message} [{warning.name}]")
 
     def give_up(self, member: int, sentence: str) -> None:
-        """A member diverged; the others go on."""
-        self.diverged[member] = sentence
+        """A member diverged; where others go on, say so."""
+        self._given_up.add(member)
         self._last = {key: info for key, info in self._last.items() if key[0] != member}
-        if len(self.diverged) < len(self._folders):
-            self._say_of(self.names[member], f"given up, the others go on: {sentence}")
+        if len(self._given_up) < len(self._members):
+            self._say_of(member, f"given up, the others go on: {sentence}")
 
-    def show(self, completed: int) -> None:
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _say_of(self, member: int, text: str) -> None:
+        name = self._members[member].name
+        self.say(f"{name}: {text}" if name else text)
+
+    def _show(self, completed: int) -> None:
         """Bring the bar up to date: the mean over all that run at once."""
-        if self._bar is None or not self._last:
+        if self._bar is None:
             return
         means = {}
         for name in ("loss", "outer_loss"):
@@ -196,15 +184,15 @@ def _open_events(folder: Path, resume_step: int) -> EventsWriter:
     return writer
 
 
-def _records_before(path: Path, keep: Callable[[str, int], bool]) -> list[dict[str, Any]]:
+def _records_before(path: Path, lies_before: Callable[[str, int], bool]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:  # the line that a killed process was writing
             break
-        if keep(record["phase"], record["step"]):
+        if lies_before(record["phase"], record["step"]):
             records.append(record)
     return records

@@ -5,86 +5,61 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from agwm_jax.data.tasks import Task
-from agwm_jax.methods.interface import Weights
-from agwm_jax.methods.search_warnings import search_warnings
-from agwm_jax.runs.build import Built
-from agwm_jax.runs.evaluate import scores
-from agwm_jax.settings.config import Config
+from agwm_jax.runs.fitting import Result
+from agwm_jax.settings.schema import Config
 
 _PACKAGES = ("agwm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
-def describe(
-    config: Config,
-    built: Built,
-    weights: Weights,
-    logits: dict[str, np.ndarray],
-    seconds: dict[str, float],
-    records: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
+def describe(config: Config, found: Result, *, train_size: int, data: Mapping[str, str]) -> dict[str, Any]:
     """Everything that is worth keeping of a finished run, as JSON takes it.
 
     Args:
-        config, built: of the run.
-        weights: what it learnt.
-        logits: of every split but the training split.
-        seconds: by phase.
-        records: lines of metrics.jsonl.
+        config: of the run.
+        found: what the run learnt.
+        train_size: number of its training examples.
+        data: `TaskSource.digests` of the user's files that it read.
     """
-    by_split, groups = {}, {}
-    for split, found in logits.items():
-        by_split[split], groups[split] = scores(built.task, split, found)
-    seconds = {**seconds, "total": sum(seconds.values())}
-    metric, split = built.task.metrics[0], built.task.report_split
+    task, scale = found.model.task, found.model.scale
+    metric, split = task.metrics[0], task.report_split
+    seconds = {**found.seconds, "total": sum(found.seconds.values())}
     return {
-        "task": built.task.name,
+        "task": task.name,
         "model": config.model.path,
         "method": config.method.name,
-        "seed": config.run.seed,
-        "train_size": len(built.encoded["train"].labels),
+        "seed": found.seed,
+        "train_size": train_size,
         "metric": metric,
         "split": split,
-        "score": by_split[split][metric],
-        "scores": by_split,
-        "groups": {name: found for name, found in groups.items() if found},
+        "score": found.scores[split][metric],
+        "scores": found.scores,
+        "groups": found.groups,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": _peak_memory(),
         "num_parameters": {
-            "task": sum(x.size for x in weights.task.values()),
-            "alpha": sum(x.size for x in jax.tree.leaves(weights.alpha)),
+            name: sum(x.size for x in jax.tree.leaves(collection)) for name, collection in found.learnt.items()
         },
         # What is needed to use the model where the training data are not.
-        "task_description": _description(built.task),
+        "task_description": _description(task),
+        "label_scale": scale and scale._asdict(),
+        "data": dict(data),
         "versions": {"python": platform.python_version(), **_versions()},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})",
         "git_commit": _git_commit(),
-        "warnings": [*_truncations(built), *(warning._asdict() for warning in search_warnings(records))],
+        "warnings": found.warnings,
     }
 
 
 def _description(task: Task) -> dict[str, Any]:
     fields = {name: value for name, value in task._asdict().items() if name != "splits"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
-
-
-def _truncations(built: Built) -> list[dict[str, str]]:
-    return [
-        {
-            "name": "texts_truncated",
-            "message": f"{report.truncated} of {report.examples} texts of split {split} were cut to {report.limit} "
-            f"tokens (the longest has {report.longest}): raise data.max_length or data.pad_to.",
-        }
-        for split, report in built.encoding.items()
-        if report.truncated
-    ]
 
 
 def _peak_memory() -> int:

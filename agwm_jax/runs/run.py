@@ -1,34 +1,35 @@
-"""One run from a config to a result: build, fit, score, and write what outlives it."""
+"""Runs with folders: several seeds of one config trained or continued, and written down."""
 
 import contextlib
 import hashlib
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from agwm_jax.core.mixup import mix
 from agwm_jax.engine import processes
 from agwm_jax.engine.checkpoint import Checkpoints
-from agwm_jax.engine.lanes import Member
-from agwm_jax.engine.loop import Interrupted, Layout, fit
-from agwm_jax.engine.memory import build_placement, choose
-from agwm_jax.engine.sharding import SEED, Placement, check_model, gather_to_main, place
+from agwm_jax.engine.group import Layout
+from agwm_jax.engine.lanes import Programs
+from agwm_jax.engine.loop import Interrupted, fit
+from agwm_jax.engine.memory import choose
+from agwm_jax.engine.sharding import SEED, check_model, gather_to_main, make_placement
 from agwm_jax.errors import AgwmError, Diverged
-from agwm_jax.methods.interface import Weights
+from agwm_jax.methods.interface import Variables
 from agwm_jax.runs import folder as run_folder
-from agwm_jax.runs.build import Built, build_seeds
-from agwm_jax.runs.evaluate import export_run, predict_logits, text_columns
+from agwm_jax.runs.build import Prepared, build
+from agwm_jax.runs.finished import export
+from agwm_jax.runs.fitting import Merge, conclude, merger
 from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
-from agwm_jax.runs.recorder import Recorders
+from agwm_jax.runs.recorder import Recorder, Told
 from agwm_jax.runs.result import describe
-from agwm_jax.settings.config import Config, seed_configs
-from agwm_jax.settings.hypergradient import Implicit, Penalty
+from agwm_jax.runs.variables import Origin, save_variables
+from agwm_jax.settings import Config, seed_configs, use_deterministic_kernels
 
 
 def train(config: Config, *, progress: bool = True) -> dict[str, Any]:
@@ -41,25 +42,31 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
 
     Args:
         config: the settings; ``config.run.output`` is the run folder, or with ``run.seeds`` the folder of them.
-        progress: show progress bars.
+        progress: show a progress bar.
 
     Returns:
         The content of every seed's result.json: scores by split and metric, seconds by phase, versions, device,
         warnings.
 
     Raises:
-        Diverged: the loss of some seeds is not finite; the results of the others are written all the same.
-        AgwmError: bad settings or data, a folder of another run, a mesh or a memory that does not fit.
+        Diverged: a number of some seeds is not finite; the results of the others are written all the same.
+        AgwmError: bad settings or data, data that changed since a seed was finished, a folder of another run, or a mesh
+            that does not fit.
         Interrupted: Ctrl-C; the state is saved.
     """
+    if config.run.deterministic:
+        use_deterministic_kernels()
     configs = seed_configs(config)
     folders = [Path(one.run.output) for one in configs]
     for folder, one in zip(folders, configs, strict=True):
         run_folder.check(folder, one)
+    data = config.task.digests()
+    for folder in folders:
+        _refuse_changed_data(folder, data)
     diverged: dict[int, str] = {}
     try:
         if any(run_folder.read_result(folder) is None for folder in folders):
-            diverged = _train(config, configs, progress=progress)
+            diverged = _Training(config, configs, data, progress=progress).run()
         processes.wait_for_all("the results are written")
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         if config.run.export and processes.is_main():
@@ -82,50 +89,162 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
     return results
 
 
+def _refuse_changed_data(folder: Path, data: Mapping[str, str]) -> None:
+    """Refuse to hand out a result of files that have changed since."""
+    result = run_folder.read_result(folder)
+    changed = [path for path, digest in ((result or {}).get("data") or {}).items() if data.get(path) != digest]
+    if changed:
+        raise AgwmError(
+            f"{folder} is finished, and {', '.join(changed)} changed since: its result is of the data as they were. "
+            "To train on what is there now, choose another --run.output or remove that folder; to keep the result, "
+            "restore the data."
+        )
+
+
 def _export(folders: Sequence[Path]) -> None:
     for folder in folders:
-        deviation = export_run(folder, folder / "export")
+        deviation = export(folder, folder / "export")
         if deviation is not None:
             warnings.warn(f"exported, but transformers will not give the same logits: {deviation}", stacklevel=3)
 
 
-def _train(config: Config, configs: Sequence[Config], *, progress: bool) -> dict[int, str]:
-    """Train the seeds that have no result, in as few groups as `run.vectorize` allows; what happened to those that
-    diverged.
-    """
-    _set_compilation_cache(config.run.compilation_cache)
-    _warn_about_identifiability(config)
-    began = time.perf_counter()
-    placement = build_placement(config)
-    with _on_the_host():
-        built = build_seeds(configs)
-    check_model(
-        placement,
-        num_heads=built[0].pretrained.config.num_attention_heads,
-        intermediate_size=built[0].pretrained.config.intermediate_size,
-        batch_size=config.data.batch_size,
-    )
-    side_by_side = choose(config, built[0], placement, num_seeds=len(configs))
-    seeds = {one.run.seed: _Seed(one, own) for one, own in zip(configs, built, strict=True)}
-    folders = {number: seed.folder for number, seed in seeds.items()}
-    groups = plan_groups(
-        Path(config.run.output),
-        folders,
-        finished=[number for number, folder in folders.items() if run_folder.read_result(folder) is not None],
-        at_once=side_by_side.seeds,
-        mesh_seed=placement.mesh.shape[SEED],
-    )
-    prepared = (time.perf_counter() - began) / sum(map(len, groups))
-    diverged: dict[int, str] = {}
-    for group in groups:
-        where = checkpoint_folder(Path(config.run.output), folders, group)
-        layout = Layout(placement, side_by_side.splits > 1)
-        try:
-            members = [seeds[number] for number in group]
-            diverged |= _train_group(config, members, where, layout, prepared=prepared, progress=progress)
-        except Diverged as error:
-            diverged |= dict.fromkeys(group, str(error))
-    return diverged
+class _Seed(NamedTuple):
+    config: Config
+    prepared: Prepared
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.output)
+
+    @property
+    def is_finished(self) -> bool:
+        return run_folder.read_result(self.folder) is not None
+
+    @property
+    def origin(self) -> Origin:
+        digest = run_folder.weights_digest(self.prepared.pretrained.params)
+        return Origin(self.config.method.model_dump(mode="json"), digest)
+
+
+class _Training:
+    """The seeds of a config that have no result, trained in as few groups as `run.vectorize` allows."""
+
+    def __init__(self, config: Config, configs: Sequence[Config], data: Mapping[str, str], *, progress: bool):
+        _set_compilation_cache(config.run.compilation_cache)
+        self.config, self.data, self.progress = config, data, progress
+        mesh = config.mesh
+        self.placement = make_placement(
+            seed=mesh.seed, data=mesh.data, model=mesh.model, fully_sharded=mesh.fully_sharded
+        )
+        began = time.perf_counter()
+        with _on_the_host():
+            prepared = build(config, [one.run.seed for one in configs])
+        self.weights = prepared[0].pretrained.model.weights
+        shapes = {path: x.shape for path, x in prepared[0].pretrained.params.items()}
+        check_model(self.placement, self.weights, shapes, batch_size=config.data.batch_size)
+        self.seeds = {one.run.seed: _Seed(one, own) for one, own in zip(configs, prepared, strict=True)}
+        self.prepare_seconds, self.compile_seconds = time.perf_counter() - began, 0.0
+        self.programs = Programs()
+        self.merge: Merge | None = None
+
+    def run(self) -> dict[int, str]:
+        """What happened to the seeds that diverged."""
+        output, folders = Path(self.config.run.output), {number: seed.folder for number, seed in self.seeds.items()}
+        choice = choose(
+            [seed.prepared.member for seed in self.seeds.values()],
+            weights=self.weights,
+            placement=self.placement,
+            vectorize=self.config.run.vectorize,
+            chunk_steps=self.config.run.chunk_steps,
+            programs=self.programs,
+        )
+        if choice.advice is not None:
+            warnings.warn(choice.advice, stacklevel=4)
+        groups = plan_groups(
+            output,
+            folders,
+            finished=[number for number, seed in self.seeds.items() if seed.is_finished],
+            at_once=choice.num_members,
+            mesh_seed=self.placement.mesh.shape[SEED],
+        )
+        count = sum(map(len, groups))
+        self.prepare_seconds /= count
+        self.compile_seconds = sum(program.seconds for program in self.programs.compiled.values()) / count
+        diverged: dict[int, str] = {}
+        for group in groups:
+            where = checkpoint_folder(output, folders, group)
+            try:
+                diverged |= self._group([self.seeds[number] for number in group], where, choice.together)
+            except Diverged as error:
+                diverged |= dict.fromkeys(group, str(error))
+        return diverged
+
+    def _group(self, group: Sequence[_Seed], where: Path, together: bool) -> dict[int, str]:
+        """Train seeds side by side, their checkpoints in `where`, and write what outlives them."""
+        config = self.config
+        members = [seed.prepared.member for seed in group]
+        left = [number for number, seed in enumerate(group) if not seed.is_finished]
+        origins = [seed.origin for seed in group]
+        fingerprint = _fingerprint(origins, [seed.prepared for seed in group])
+        # Not before: settings or data that are refused leave no folder behind.
+        with contextlib.ExitStack() as stack:
+            _claim(stack, group, where)
+            checkpoints = stack.enter_context(
+                contextlib.closing(Checkpoints(where, keep=config.run.keep_checkpoints, fingerprint=fingerprint))
+            )
+            begun = checkpoints.position()
+            if begun is not None and config.run.vectorize == "auto":  # what was begun goes on as it was
+                together = begun.together
+            names = [f"seed {seed.config.run.seed}" if len(group) > 1 else "" for seed in group]
+            told = [Told(seed.folder, name, seed.prepared.method) for seed, name in zip(group, names, strict=True)]
+            recorder = stack.enter_context(
+                Recorder(told, tensorboard=config.run.tensorboard, progress=self.progress, active=processes.is_main())
+            )
+            outcome = fit(
+                members,
+                weights=self.weights,
+                layout=Layout(self.placement, together),
+                observer=recorder,
+                checkpoints=checkpoints,
+                chunk_steps=config.run.chunk_steps,
+                checkpoint_minutes=config.run.checkpoint_minutes,
+                programs=self.programs,
+            )
+            spent = {name: value / len(group) for name, value in outcome.seconds.items()}
+            spent["compile"] = spent.get("compile", 0.0) + self.compile_seconds
+            beside = {"seeds": len(group), "phases": max(map(len, members[0].method.stages)) if together else 1}
+            for number in left:
+                learnt = outcome.learnt[number]
+                if learnt is not None:
+                    seconds = {"prepare": self.prepare_seconds, **spent}
+                    self._write(group[number], learnt, origins[number], recorder.records(number), seconds, beside)
+            checkpoints.delete()
+        if len(group) > 1 and processes.is_main():
+            shutil.rmtree(where, ignore_errors=True)
+        return {group[number].config.run.seed: sentence for number, sentence in outcome.diverged.items()}
+
+    def _write(
+        self,
+        seed: _Seed,
+        learnt: Variables,
+        origin: Origin,
+        records: Sequence[dict[str, Any]],
+        seconds: dict[str, float],
+        beside: dict[str, int],
+    ) -> None:
+        """Score what one seed learnt, and write its variables and, last, its result."""
+        config, prepared = seed.config, seed.prepared
+        began = time.perf_counter()
+        self.merge = self.merge or merger(prepared, learnt, self.placement)
+        found = conclude(prepared, learnt, self.merge, config.data, self.placement, records, seconds)
+        host = gather_to_main(learnt, self.placement)
+        if not processes.is_main():
+            return
+        found.seconds["evaluate"] = time.perf_counter() - began
+        weights = list(self.weights)
+        save_variables(seed.folder, host, origin, weights=weights, task=config.run.save_weights)
+        result = describe(config, found, train_size=prepared.train_size, data=self.data)
+        run_folder.write_result(seed.folder, {**result, "mesh": self.placement.describe(), "side_by_side": beside})
 
 
 def _on_the_host() -> contextlib.AbstractContextManager:
@@ -137,67 +256,6 @@ def _on_the_host() -> contextlib.AbstractContextManager:
             "JAX_PLATFORMS leaves out the CPU, where weights are read before they go to the devices: unset it, or name "
             "cpu too (JAX_PLATFORMS=cuda,cpu)."
         ) from error
-
-
-class _Seed(NamedTuple):
-    config: Config
-    built: Built
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run.output)
-
-    @property
-    def is_finished(self) -> bool:
-        return run_folder.read_result(self.folder) is not None
-
-
-def _train_group(
-    config: Config, group: Sequence[_Seed], where: Path, layout: Layout, *, prepared: float, progress: bool
-) -> dict[int, str]:
-    """Train seeds side by side, their checkpoints in `where`, and write what outlives them; what happened to those that
-    diverged.
-    """
-    digests = [run_folder.weights_digest(seed.built.pretrained.params) for seed in group]
-    left = [number for number, seed in enumerate(group) if not seed.is_finished]
-    # Not before: settings or data that are refused leave no folder behind.
-    with contextlib.ExitStack() as stack:
-        _claim(stack, group, where)
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(
-                    where,
-                    keep=config.run.keep_checkpoints,
-                    fingerprint=f"{' '.join(digests)} {_data_fingerprint([seed.built for seed in group])}",
-                )
-            )
-        )
-        begun = checkpoints.position()
-        if begun is not None and config.run.vectorize == "auto":  # what was begun goes on as it was
-            layout = layout._replace(together=begun.together)
-        recorders = Recorders(
-            [seed.folder for seed in group],
-            [f"seed {seed.config.run.seed}" if len(group) > 1 else "" for seed in group],
-            tensorboard=config.run.tensorboard,
-            progress=progress,
-            active=processes.is_main(),
-        )
-        outcome = fit(
-            [_member(seed) for seed in group],
-            layout=layout,
-            checkpoints=checkpoints,
-            recorders=recorders,
-            chunk_steps=config.run.chunk_steps,
-            checkpoint_steps=config.run.checkpoint_steps,
-        )
-        seconds = {"prepare": prepared, **{name: value / len(group) for name, value in outcome.seconds.items()}}
-        for number, (seed, digest, weights) in enumerate(zip(group, digests, outcome.weights, strict=True)):
-            if weights is not None and number in left:
-                _write(seed, digest, weights, layout, seconds, recorders, number)
-        checkpoints.delete()
-    if len(group) > 1 and processes.is_main():
-        shutil.rmtree(where, ignore_errors=True)
-    return {group[number].config.run.seed: sentence for number, sentence in outcome.diverged.items()}
 
 
 def _claim(stack: contextlib.ExitStack, group: Sequence[_Seed], where: Path) -> None:
@@ -223,86 +281,18 @@ def _claim(stack: contextlib.ExitStack, group: Sequence[_Seed], where: Path) -> 
         )
 
 
-def _member(seed: _Seed) -> Member:
-    built = seed.built
-    data = text_columns(built.encoded["train"])
-    return Member(seed.config.run.seed, built.method, built.frozen, built.initial, data, built.key)
-
-
-def _write(
-    seed: _Seed,
-    digest: str,
-    weights: Weights,
-    layout: Layout,
-    seconds: dict[str, float],
-    recorders: Recorders,
-    number: int,
-) -> None:
-    """Score what one seed learnt, and write its weights and, last, its result."""
-    config, built = seed.config, seed.built
-    began = time.perf_counter()
-    logits = _logits(config, built, weights, layout.placement)
-    host = gather_to_main(weights, layout.placement)
-    if not processes.is_main():
-        return
-    seconds = {**seconds, "evaluate": time.perf_counter() - began}
-    run_folder.save_weights(
-        seed.folder,
-        host,
-        complement=config.mixup.complement,
-        rank=config.mixup.rank,
-        pretrained=digest,
-        task=config.run.save_weights,
-    )
-    side_by_side = {"seeds": len(recorders.names), "splits": config.search.num_splits if layout.together else 1}
-    result = describe(config, built, host, logits, seconds, recorders.records(number))
-    run_folder.write_result(seed.folder, {**result, "mesh": layout.placement.describe(), "side_by_side": side_by_side})
-
-
-def _logits(config: Config, built: Built, weights: Weights, placement: Placement) -> dict[str, np.ndarray]:
-    """Of every split but the training split."""
-    shapes = {path: x.shape for path, x in built.pretrained.params.items()}
-    frozen = place(built.frozen, placement.of_tree(built.frozen, shapes))
-    with jax.set_mesh(placement.mesh):
-        params = _mixed(frozen, *weights, complement=config.mixup.complement)
-        return {
-            split: predict_logits(
-                built.pretrained.apply, params, encoded, batch_size=config.data.eval_batch_size, placement=placement
-            )
-            for split, encoded in built.encoded.items()
-            if split != "train"
-        }
-
-
-_mixed = jax.jit(mix, static_argnames="complement")  # compiled once for all seeds
-
-
 def _set_compilation_cache(folder: str | None) -> None:
     if folder is not None:  # null leaves what the user has set for JAX itself
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
-def _warn_about_identifiability(config: Config) -> None:
-    if (
-        config.method.name == "agwm"
-        and isinstance(config.hypergradient, Implicit | Penalty)
-        and config.search.anchor == 0
-    ):
-        warnings.warn(
-            f"hypergradient.estimator {config.hypergradient.estimator} with search.anchor 0: without an anchor the "
-            "task weights can undo alpha, the exact hypergradient at the inner optimum is zero, and a better solve "
-            "comes closer to zero; set search.anchor, for example to 0.1.",
-            stacklevel=3,
-        )
-
-
-def _data_fingerprint(built: Sequence[Built]) -> str:
-    """What the row numbers of the plans refer to, and the plans."""
+def _fingerprint(origins: Sequence[Origin], prepared: Sequence[Prepared]) -> str:
+    """The pretrained weights, what the row numbers of the plans refer to, and the plans."""
     digest = hashlib.sha256()
-    for one in built:
-        for column in one.encoded["train"]:
-            if isinstance(column, np.ndarray):
-                digest.update(np.ascontiguousarray(column).tobytes())
+    for origin, one in zip(origins, prepared, strict=True):
+        digest.update(origin.pretrained.encode())
+        for name, column in sorted(one.member.data.items()):
+            digest.update(name.encode() + np.ascontiguousarray(column).tobytes())
         for phase in one.method.phases:
             for name in sorted(phase.plan):
                 digest.update(np.ascontiguousarray(phase.plan[name]).tobytes())

@@ -1,9 +1,17 @@
-"""Settings from and to YAML and the command line."""
+"""Settings from and to YAML and the command line.
+
+pydantic-settings, tyro and jsonargparse were tried on a small schema with a nested choice. pydantic-settings finds no
+choice as soon as one setting of the default one is given ("Unable to extract tag using discriminator 'name'"); tyro
+makes a choice a subcommand, so that ``--method.noise 1`` is unknown without ``method:agwm``, and refuses ``[0, 1]``;
+jsonargparse takes every form that is needed, but answers one misspelt method with ten lines, a report for each
+alternative by its class. YAML as all three read it takes `no` for false. What is left to do by hand is to put one
+mapping over another (`_overlay`); pydantic and PyYAML do the rest.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +19,56 @@ import yaml
 from pydantic import ValidationError
 
 from agwm_jax.errors import AgwmError
+from agwm_jax.section import Choice, Located, Section, inside, marks
 from agwm_jax.settings import strict_yaml
-from agwm_jax.settings.schema import Config as Config
-from agwm_jax.settings.schema import Run, Section
-from agwm_jax.settings.words import all_settings, faults, got, sections, tag_of
+from agwm_jax.settings.schema import Config, Run
+from agwm_jax.settings.words import alternatives, faults, got, is_text
 
-_ALIASES = {
-    "seed": "run.seed",
-    "seeds": "run.seeds",
-    "output": "run.output",
-    "model": "model.path",
-    "method": "method.name",
-}
+_SHORT = {"seed": "run.seed", "seeds": "run.seeds", "output": "run.output", "model": "model.path"}
 # Of `run` only the seed changes a result; the rest says where it goes and how often it is saved. The mesh only says
 # which device computes what.
 _OUTSIDE_FINGERPRINT: Any = {"run": set(Run.model_fields) - {"seed"}, "mesh": True}
+_ITSELF = ""  # among the overrides of parts of a section: an override of the section itself
+_MOVED = {
+    "mixup": "method.mixup (but frozen: model.frozen)",
+    "search": "method.search",
+    "hypergradient": "method.estimator (its estimator is name; neumann, conjugate_gradient, nystrom and "
+    "gradient_descent are a solver of implicit)",
+}
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Settings from a YAML file (None: the defaults), changed by overrides such as `["--run.seed", "3"]`.
 
-    Paths of data files, and model folders that start with `.`, are relative to the config file, or where they come from
-    an override, to the working directory; the result holds them absolute.
+    Relative paths of data files and of model folders are relative to the config file, or where they come from an
+    override, to the working directory; the result holds them absolute.
 
     Raises:
         AgwmError: all faults at once, each with its full path, what was got, what is allowed, the nearest known name.
     """
-    raw = {} if path is None else _read(Path(path))
-    _make_absolute(raw, Path(path).parent if path is not None else Path())
-    for name, value in _parse_overrides(overrides):
-        _apply(raw, name, value)
-    try:
-        return Config.model_validate(_without_empty_sections(raw))
-    except ValidationError as error:
-        found = faults(error)
+    raw: dict = {}
+    if path is not None:
+        _overlay(raw, _read(Path(path)), Config, Path(path).parent)
+    _overlay(raw, _parse(overrides), Config, Path())
     where = " and ".join([str(path)] * (path is not None) + ["the command line"] * bool(overrides))
+    moved = [f"{old} is now {new}" for old, new in _MOVED.items() if old in raw]
+    if moved:
+        raise AgwmError(
+            f"{where}: settings of version 0.3: {'; '.join(moved)}; `agwm settings` lists all that there are"
+        )
+    return parse_config(raw, where)
+
+
+def parse_config(raw: Mapping[Any, Any], where: str = "the settings") -> Config:
+    """Settings out of nested mappings, as a YAML file has them; `where` is what an error calls them.
+
+    Raises:
+        AgwmError: see `load_config`.
+    """
+    try:
+        return Config.model_validate(dict(raw))
+    except ValidationError as error:
+        found = faults(error, dict(raw))
     if len(found) == 1:
         raise AgwmError(f"{where}: {found[0]}")
     raise AgwmError("\n  ".join([f"{where}: {len(found)} faults", *found]))
@@ -97,9 +120,24 @@ def _read(path: Path) -> dict:
     return raw or {}
 
 
-def _parse_overrides(tokens: Sequence[str]) -> list[tuple[str, Any]]:
-    """Pairs (path, value), those that choose a kind of task or estimator first."""
-    pairs, rest = [], list(tokens)
+class _Typed(str):
+    """A value of the command line; what it means depends on the setting that it is for."""
+
+    def read(self, field: Any) -> Any:
+        """YAML, except that a text setting takes the characters as they stand (a pattern, a name of digits)."""
+        try:
+            parsed = strict_yaml.parse(str(self))
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return str(self)
+        if field is None or inside(field, {}) or any(marks(field, Choice)) or not is_text(field):
+            return parsed
+        return None if parsed is None and type(None) in alternatives(field.annotation) else str(self)
+
+
+def _parse(tokens: Sequence[str]) -> dict:
+    """Overrides as nested sections of `_Typed` values."""
+    said: dict = {}
+    rest = list(tokens)
     while rest:
         token = rest.pop(0)
         name, equals, value = token.removeprefix("--").partition("=")
@@ -110,67 +148,61 @@ def _parse_overrides(tokens: Sequence[str]) -> list[tuple[str, Any]]:
                 raise AgwmError(f"--{name}: its value is missing; write --{name} VALUE, or --{name}=VALUE")
             value = rest.pop(0)
         name = name.replace("-", "_")
-        is_section = value.startswith("{")
-        name = name if is_section else _ALIASES.get(name, name)
-        pairs.append((name, _parse_value(name, value)))
-    choices = {f"{name}.{field.discriminator}" for name, field in Config.model_fields.items() if field.discriminator}
-    return sorted(pairs, key=lambda pair: pair[0] not in choices)
+        name = name if name in Config.model_fields and value.startswith("{") else _SHORT.get(name, name)
+        *parents, last = name.split(".")
+        section = said
+        for parent in parents:
+            inner = section.setdefault(parent, {})
+            section[parent] = section = inner if isinstance(inner, dict) else {_ITSELF: inner}
+        if isinstance(section.get(last), dict):
+            section = section[last]
+            last = _ITSELF
+        section[last] = _Typed(value)
+    return said
 
 
-def _parse_value(name: str, value: str) -> Any:
-    """YAML, except that a text setting takes the characters as they stand (a regular expression, a name of digits)."""
-    try:
-        parsed = strict_yaml.parse(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
+def _overlay(into: dict, said: dict, section: type[Section] | None, folder: Path) -> None:
+    """Put settings over others, with the types and paths that the sections give them.
+
+    Args:
+        into: changed in place. A section is merged in; one that chooses another thing drops what that does not know.
+        said: of one config file, or of the command line.
+        section: of both; None where it does not exist.
+        folder: that paths in `said` are relative to.
+    """
+    for key, value in said.items():
+        field = section.model_fields.get(key) if section is not None and isinstance(key, str) else None
+        choice = next(marks(field, Choice), None) if field is not None else None
+        value = _whole(value, field, choice)
+        before = into.get(key)
+        before = dict(before) if isinstance(before, dict) else {}
+        if isinstance(value, dict):
+            holds = inside(field, {**before, **value})
+            if choice is not None and holds is not None and value.get(choice.key) not in (None, choice.chosen(before)):
+                before = {name: kept for name, kept in before.items() if name in holds.model_fields}
+            _overlay(before, value, holds, folder)
+            into[key] = before
+        elif value is not None or (choice is None and inside(field, {}) is None):  # else: every line is commented out
+            into[key] = _located(field, value, folder)
+
+
+def _whole(value: Any, field: Any, choice: Choice | None) -> Any:
+    """A value as a config would say it: what is given of a section by parts and as one text is put together."""
+    parts = value if isinstance(value, dict) else {}
+    if _ITSELF in parts:
+        value = parts[_ITSELF]
+        parts = {key: part for key, part in parts.items() if key != _ITSELF}
+    value = value.read(field) if isinstance(value, _Typed) else value
+    if choice is not None and isinstance(value, str):
+        value = {choice.key: value}
+    return {**value, **parts} if isinstance(value, dict) else value
+
+
+def _located(field: Any, value: Any, folder: Path) -> Any:
+    """A value whose paths are absolute."""
+    mark = next(marks(field, Located), None) if field is not None else None
+    if mark is None or not isinstance(value, str | list):
         return value
-    found = [setting for setting in all_settings() if setting.path == name]
-    nullable = any("null" in setting.allowed for setting in found)
-    takes_text = bool(found) and all(setting.is_text for setting in found)
-    return value if takes_text and not (parsed is None and nullable) else parsed
-
-
-def _apply(raw: dict, name: str, value: Any) -> None:
-    """Set one override; a section is merged in, and another kind of task or estimator drops what it does not know."""
-    *parents, last = name.split(".")
-    change = {last: value}
-    for parent in reversed(parents):
-        change = {parent: change}
-    _make_absolute(change, Path())
-    field = Config.model_fields.get(parents[0]) if len(parents) == 1 else None
-    before = raw.get(parents[0]) if parents else None
-    if field is not None and field.discriminator == last and isinstance(before, dict):
-        known = {key for kind in sections(field) if tag_of(kind, field) == value for key in kind.model_fields}
-        raw[parents[0]] = {key: kept for key, kept in before.items() if key in known or not known}
-    _merge(raw, change)
-
-
-def _merge(into: dict, change: dict) -> None:
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _make_absolute(raw: dict, folder: Path) -> None:
-    """Let the data files, and a model folder that is given as a path, be found from anywhere."""
-    task, model = raw.get("task"), raw.get("model")
-    files = task.get("files") if isinstance(task, dict) else None
-    found = [(files, name, value) for name, value in files.items()] if isinstance(files, dict) else []
-    if isinstance(model, dict) and str(model.get("path")).startswith((".", "~", "/")):
-        found.append((model, "path", model["path"]))
-    for section, name, value in found:
-        if isinstance(value, str) and value:
-            section[name] = os.path.abspath(folder / os.path.expanduser(value))
-
-
-def _without_empty_sections(raw: dict, section: type[Section] = Config) -> dict:
-    """Read a section whose every line is commented out as one with the defaults."""
-    kept = {}
-    for key, value in raw.items():
-        field = section.model_fields.get(key) if isinstance(key, str) else None
-        kinds = sections(field) if field else []
-        if kinds and value is None:
-            continue
-        kept[key] = _without_empty_sections(value, kinds[0]) if len(kinds) == 1 and isinstance(value, dict) else value
-    return kept
+    if isinstance(value, list):
+        return [_located(field, item, folder) for item in value]
+    return mark.absolute(value, folder)

@@ -1,6 +1,5 @@
 """The settings in words: the list of all of them, and the report of what is wrong with given ones."""
 
-import difflib
 import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -9,7 +8,9 @@ import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from agwm_jax.settings.schema import Config, Section
+from agwm_jax.errors import did_you_mean, nearest
+from agwm_jax.section import Choice, Section, inside, marks
+from agwm_jax.settings.schema import Config
 from agwm_jax.settings.strict_yaml import one_line
 
 _WORDS: dict[Any, str] = {
@@ -22,45 +23,59 @@ _WORDS: dict[Any, str] = {
 
 
 class Setting(NamedTuple):
-    """One setting: its full path, what it may be, its default as YAML, and the choice it depends on ("" for none)."""
+    """One setting."""
 
     path: str
     allowed: str
+    """What it may be, in words."""
     default: str
+    """As YAML; "required" where there is none."""
     description: str
     needs: str
-    is_text: bool
+    """The choices it depends on, such as "method.name=agwm"; "" for none."""
 
 
-def all_settings(section: type[Section] = Config, prefix: str = "", needs: str = "") -> Iterator[Setting]:
-    """Every setting below a section, each kind of task and estimator included."""
+def all_settings(
+    section: type[Section] = Config, prefix: str = "", needs: str = "", defaults: Any = None, skip: str = ""
+) -> Iterator[Setting]:
+    """Every setting of a section, those of all that may be chosen included."""
     for name, field in section.model_fields.items():
-        kinds = sections(field)
-        for kind in kinds:
-            choice = f"{prefix}{name}.{field.discriminator}={tag_of(kind, field)}" if field.discriminator else needs
-            yield from all_settings(kind, f"{prefix}{name}.", choice)
-        if not kinds:
-            default = "required" if field.is_required() else one_line(field.default)
-            is_text = set(get_args(field.annotation) or (field.annotation,)) <= {str, type(None)}
-            yield Setting(prefix + name, _allowed(field), default, field.description or "", needs, is_text)
+        path, default = f"{prefix}{name}", getattr(defaults, name, field.default)
+        choice, holds = next(marks(field, Choice), None), inside(field, {})
+        if choice is not None:
+            names = f"one of {', '.join(choice.registry)}"
+            chosen = choice.chosen(default) or "required"
+            yield Setting(f"{path}.{choice.key}", names, chosen, field.description or "", needs)
+            for option in choice.registry:
+                on = f"{path}.{choice.key}={option}"
+                both = f"{needs}, {on}" if needs else on
+                yield from all_settings(choice.section(option), f"{path}.", both, skip=choice.key)
+        elif holds is not None:
+            yield from all_settings(holds, f"{path}.", needs, default)
+        elif name != skip:
+            shown = "required" if field.is_required() else one_line(default)
+            yield Setting(path, _allowed(field), shown, field.description or "", needs)
 
 
-def sections(field: FieldInfo) -> list[type[Section]]:
-    """The sections a field may hold: one, several where a choice is made, none for a plain setting."""
-    options = get_args(field.annotation) or (field.annotation,)
-    return [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+def is_text(field: FieldInfo) -> bool:
+    """Whether a setting holds a text, or null, and nothing else."""
+    return set(alternatives(field.annotation)) <= {str, type(None)}
 
 
-def tag_of(section: type[Section], field: FieldInfo) -> str:
-    """What a choice between kinds of a section is called in a config: the value of its discriminator."""
-    return get_args(section.model_fields[str(field.discriminator)].annotation)[0]
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The types of a union, or the one type that it is, without what is annotated."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        for option in get_args(annotation):
+            yield from alternatives(option)
+    else:
+        yield get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _allowed(field: FieldInfo) -> str:
     """What a field may hold, in words."""
-    kinds = sections(field)
-    if field.discriminator:
-        return f"settings with {field.discriminator}: " + ", ".join(tag_of(kind, field) for kind in kinds)
+    choice = next(marks(field, Choice), None)
+    if choice is not None:
+        return f"settings with {choice.key}: {', '.join(choice.registry)}"
     return _in_words(field.annotation, field.metadata)
 
 
@@ -72,91 +87,98 @@ def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_in_words(option, () if option is type(None) else metadata) for option in arguments)
     if origin is Literal:
-        return "one of " + ", ".join(arguments) if len(arguments) > 1 else arguments[0]
+        return "one of " + ", ".join(map(str, arguments)) if len(arguments) > 1 else str(arguments[0])
     if origin is tuple:
         if get_origin(arguments[0]) is Literal:
             return f"a list from {', '.join(get_args(arguments[0]))}, like [a, b]"
-        return "a list of texts, like [a, b]" if arguments[0] is str else "a list of whole numbers, like [0, 1]"
+        example = {str: "texts, like [a, b]", int: "whole numbers, like [0, 1]", float: "numbers, like [0, 0.5]"}
+        return f"a list of {example.get(next(alternatives(arguments[0])), 'values')}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "a section with " + ", ".join(annotation.model_fields)
     signs = {annotated_types.Ge: ">= {0.ge}", annotated_types.Gt: "> {0.gt}", annotated_types.Le: "<= {0.le}"}
     signs |= {annotated_types.Lt: "< {0.lt}"}
     flat = [part for item in metadata for part in getattr(item, "metadata", [item])]
     bounds = " and ".join(signs[type(item)].format(item) for item in flat if type(item) in signs)
-    return f"{_WORDS[annotation]} {bounds}".rstrip()
+    return f"{_WORDS.get(annotation, str(annotation))} {bounds}".rstrip()
 
 
-def faults(error: ValidationError) -> list[str]:
-    """Everything that is wrong: full path, what was got, what is allowed, the nearest known name; one line each."""
+def faults(error: ValidationError, raw: dict) -> list[str]:
+    """Everything that is wrong with raw settings: full path, what was got, what is allowed, the nearest known name."""
     entries = error.errors()
     places = [entry["loc"] for entry in entries]
-    # A list with a wrong item is reported for the item and once more as a whole.
+    # A list with a wrong item is reported for the item and once more as a whole; a union once for each alternative.
     inner = [e for e in entries if not any(p[: len(e["loc"])] == e["loc"] and len(p) > len(e["loc"]) for p in places)]
-    return [line for entry in inner for line in _fault(entry)]
+    return list(dict.fromkeys(line for entry in inner for line in _fault(entry, raw)))
 
 
-def _fault(entry: Any) -> list[str]:
+def _fault(entry: Any, raw: dict) -> list[str]:
     """One entry of a pydantic report, in the words of a config."""
-    path, field, section, kind = _locate(entry["loc"])
-    if entry["type"] == "cross_field":
-        return [f"{path}.{line}" if path else line for line in entry["ctx"]["text"].split("\n")]
-    if entry["type"] == "value_error":
-        return [f"{path}: got {got(entry['input'])}: {entry['ctx']['error']}"]
+    path, field, section, chosen = _locate(entry["loc"], raw)
+    value, kind = entry["input"], entry["type"]
+    if kind == "cross_field":
+        return [f"{path}.{line}".lstrip(".") for line in entry["ctx"]["text"].split("\n")]
+    if kind == "value_error":
+        got_it = "" if isinstance(value, dict | Section) else f" got {got(value)}:"
+        return [f"{path}:{got_it} {entry['ctx']['error']}".removeprefix(": ")]
     if field is None:
-        return [_unknown(path, section, kind)]
-    if entry["type"] == "missing":
-        return [f"{path}: missing; it is required{f' with {kind}' if kind else ''}; allowed: {_allowed(field)}"]
-    if entry["type"] == "union_tag_invalid":
-        path, tag = f"{path}.{field.discriminator}", entry["input"].get(field.discriminator)
-        allowed = [tag_of(option, field) for option in sections(field)]
-        return [f"{path}: got {got(tag)}; allowed: one of {', '.join(allowed)}{_nearest(tag, allowed)}"]
-    allowed = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
-    return [f"{path}: got {got(entry['input'])}; allowed: {_allowed(field)}{_nearest(entry['input'], allowed)}"]
+        return [_unknown(path, section, chosen)]
+    if kind == "choice_name":
+        choice = next(marks(field, Choice))
+        name = value if isinstance(value, str) else value.get(choice.key)
+        says = "missing" if name is None else f"got {got(name)}"
+        elsewhere = (f"; did you mean {s.needs}?" for s in all_settings() if s.needs.endswith(f"={name}"))
+        hint = did_you_mean(name, choice.registry) or next(elsewhere, "")
+        return [f"{path}.{choice.key}: {says}; allowed: one of {', '.join(choice.registry)}{hint}"]
+    if kind == "missing":
+        return [f"{path}: missing; it is required{f' with {chosen}' if chosen else ''}; allowed: {_allowed(field)}"]
+    texts = [text for option in alternatives(field.annotation) for text in get_args(option) if isinstance(text, str)]
+    return [f"{path}: got {got(value)}; allowed: {_allowed(field)}{did_you_mean(value, texts)}"]
 
 
-def _locate(location: Sequence[int | str]) -> tuple[str, FieldInfo | None, type[Section], str]:
+def _locate(location: Sequence[int | str], raw: Any) -> tuple[str, FieldInfo | None, type[Section], str]:
     """Path of a fault, its field (None: unknown), the section around it, and the choice made on the way there."""
-    path, field, kind = "", None, ""
+    path, chosen = "", ""
+    field: FieldInfo | None = None
     section: type[Section] = Config
-    inside: list[type[Section]] = [Config]
+    holds: type[Section] | None = Config
     for item in location:
-        if len(inside) > 1 and field is not None:  # pydantic names the chosen kind; a user did not write it there
-            section = next(option for option in inside if tag_of(option, field) == item)
-            kind, inside = f"{path}.{field.discriminator}: {item}", [section]
-        elif isinstance(item, int):
+        if isinstance(item, int) and holds is None:
             path += f"[{item}]"
-        elif not inside:
-            path, field = f"{path}.{item}", None
-        else:
-            section = inside[0]
-            path, field = f"{path}.{item}" if path else str(item), section.model_fields.get(str(item))
-            inside = sections(field) if field else []
-    return path, field, section, kind
+        elif holds is not None:
+            section, path = holds, f"{path}.{item}".lstrip(".")
+            field = section.model_fields.get(str(item))
+            raw = raw.get(item, {}) if isinstance(raw, dict) else {}
+            holds = inside(field, raw)
+            choice = next(marks(field, Choice), None) if field else None
+            if choice is not None and holds is not None:
+                chosen = f"{path}.{choice.key}: {choice.chosen(raw)}"
+        # What is left are the alternatives of a union, which pydantic names and a user does not write.
+    return path, field, section, chosen
 
 
-def _unknown(path: str, section: type[Section], kind: str) -> str:
+def _unknown(path: str, section: type[Section], chosen: str) -> str:
     """A setting that does not exist: the nearest one here, or where the name exists elsewhere."""
     folder, _, name = path.rpartition(".")
-    near = difflib.get_close_matches(name, section.model_fields, n=1)
     settings = list(all_settings())
-    leaf = next(iter(difflib.get_close_matches(name, [setting.path.split(".")[-1] for setting in settings], n=1)), name)
-    elsewhere = [setting for setting in settings if setting.path.endswith(f".{leaf}")]
-    same = list(dict.fromkeys(s.path + (f" (with {s.needs})" if s.path == path else "") for s in elsewhere))
-    exactly = [text for text in same if text.startswith(f"{path} (")]  # right but for the kind that was not chosen
-    hint = ""
-    if exactly:
-        hint = f"; did you mean {' or '.join(exactly)}?"
-    elif near:
-        hint = f"; did you mean {folder}.{near[0]}?" if folder else f"; did you mean {near[0]}?"
-    elif same:
-        hint = f"; did you mean {' or '.join(same[:3])}?"
-    here = f" with {kind}" if kind else ""
-    return f"{path}: unknown setting{here}{hint or '.'} Known here: {', '.join(section.model_fields)}"
+    # Right but for what was not chosen; else of that name further in; else near to one of this section; else elsewhere.
+    found = [f"{path} (with {s.needs})" for s in settings if f"{s.path}.".startswith(f"{path}.")][:1]
+    found = found or [f"{s.path} (with {s.needs})" for s in settings if folder and _is_in(s.path, folder, name)]
+    near = nearest(name, section.model_fields)
+    if not found and near:
+        found = [f"{folder}.{near}".lstrip(".")]
+    elif not found:
+        name = nearest(name, {part for s in settings for part in s.path.split(".")}) or name
+        found = [
+            s.path[: f"{s.path}.".index(f".{name}.") + 1 + len(name)] for s in settings if _is_in(s.path, "", name)
+        ]
+    hint = f"; did you mean {' or '.join(list(dict.fromkeys(found))[:3])}?" if found else "."
+    here = f" with {chosen}" if chosen else ""
+    return f"{path}: unknown setting{here}{hint} Known here: {', '.join(section.model_fields)}"
 
 
-def _nearest(value: Any, allowed: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(value), allowed, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _is_in(path: str, folder: str, name: str) -> bool:
+    """Whether a setting's path leads through a part of that name inside a folder of settings."""
+    return path.startswith(folder) and f".{name}." in f"{path[len(folder) :]}."
 
 
 def got(value: Any) -> str:

@@ -1,54 +1,52 @@
 """The problem zoo: bi-level problems whose hypergradients are known without the library, shared by the tests."""
 
-from typing import NamedTuple
+import inspect
+import itertools
+from typing import NamedTuple, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax import Composite, LowRank, Partition, Problem, hypergrad, linear_solve, mix, mixup_problem, partition
-from agwm_jax.core.inner import InnerState, inner_steps
+from agwm_jax import (
+    ESTIMATORS,
+    Composite,
+    InnerState,
+    LowRank,
+    Partition,
+    Problem,
+    hypergrad,
+    hypergradient,
+    inner_steps,
+    linear_solve,
+    mix,
+    mixup_problem,
+    partition,
+)
+from agwm_jax.registry import Registry
 
 NO_BATCH = jnp.zeros(())
 
-IMPLICIT = {
-    "neumann": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1)),
-    "neumann_auto": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size="auto")),
-    "neumann_finite_difference": hypergrad.implicit(
-        linear_solve.neumann(num_terms=3, step_size=0.1), hvp="finite_difference"
-    ),
-    "neumann_gauss_newton": hypergrad.implicit(
-        linear_solve.neumann(num_terms=3, step_size=0.1), curvature="gauss_newton"
-    ),
-    "neumann_resample": hypergrad.implicit(linear_solve.neumann(num_terms=3, step_size=0.1), hvp="jvp", resample=True),
-    "gradient_descent": hypergrad.implicit(linear_solve.gradient_descent(num_steps=2, step_size=0.1)),
-    "conjugate_gradient": hypergrad.implicit(linear_solve.conjugate_gradient(num_steps=2)),
-    "conjugate_gradient_warm": hypergrad.implicit(
-        linear_solve.conjugate_gradient(num_steps=2, damping=0.1, warm_start=True), curvature="gauss_newton"
-    ),
-    "nystrom": hypergrad.implicit(linear_solve.nystrom(rank=2, rho=1.0)),
-    "dense": hypergrad.implicit(linear_solve.dense()),
-}
-"""Estimators that solve a linear system; their info has a residual."""
 
-EXPLICIT = {
-    "first_order": hypergrad.first_order(),
-    "unrolled": hypergrad.unrolled(),
-    "unrolled_last": hypergrad.unrolled(num_steps=1),
-    "unrolled_jvp": hypergrad.unrolled(hvp="jvp"),
-    "unrolled_finite_difference": hypergrad.unrolled(hvp="finite_difference"),
-    "finite_difference": hypergrad.finite_difference(),
-    "finite_difference_preconditioned": hypergrad.finite_difference(precondition=True),
-    "penalty": hypergrad.penalty(weight=10.0, growth=1.0),
-}
-
-ESTIMATORS = {**EXPLICIT, **IMPLICIT}
-"""Every estimator there is: what the conformance suite runs over."""
+def registered(registry: Registry) -> dict:
+    """Everything that is registered as it is by default, with each thing that it can be made with."""
+    found = {}
+    for entry in registry.entries():
+        hints = get_type_hints(entry.value, include_extras=True)
+        choices = {}
+        for parameter in inspect.signature(entry.value).parameters:
+            for note in getattr(hints[parameter], "__metadata__", ()):
+                if isinstance(note, Registry):
+                    choices[parameter] = registered(note)
+        for names in itertools.product(*choices.values()):
+            chosen = {parameter: choices[parameter][name] for parameter, name in zip(choices, names, strict=True)}
+            found[" ".join((entry.name, *names))] = entry.value(**chosen)
+    return found
 
 
-def neumann(num_terms, step_size):
-    return hypergrad.implicit(linear_solve.neumann(num_terms=num_terms, step_size=step_size))
+def neumann(num_terms, step_size, **options):
+    return hypergrad.implicit(linear_solve.neumann(num_terms=num_terms, step_size=step_size), **options)
 
 
 def dense():
@@ -59,17 +57,42 @@ def conjugate_gradient(num_steps, **options):
     return hypergrad.implicit(linear_solve.conjugate_gradient(num_steps=num_steps, **options))
 
 
+DIFFERENCES = {
+    "unrolled finite_difference": hypergrad.unrolled(hvp="finite_difference"),
+    "neumann finite_difference": neumann(3, 0.1, hvp="finite_difference"),
+    "neumann gauss_newton finite_difference": neumann(3, 0.1, hvp="finite_difference", curvature="gauss_newton"),
+    "finite_difference": hypergrad.finite_difference(),
+    "finite_difference preconditioned": hypergrad.finite_difference(precondition=True),
+    "penalty": hypergrad.penalty(),
+    "penalty growing": hypergrad.penalty(growth=1.0),
+}
+"""Estimators that subtract gradients from each other."""
+
+ALL = {
+    **registered(ESTIMATORS),
+    **DIFFERENCES,
+    "unrolled last": hypergrad.unrolled(num_steps=1),
+    "unrolled jvp": hypergrad.unrolled(hvp="jvp"),
+    "neumann": neumann(3, 0.1),
+    "neumann gauss_newton": neumann(3, 0.1, curvature="gauss_newton"),
+    "neumann resample": neumann(3, 0.1, hvp="jvp", resample=True),
+    "conjugate_gradient warm": hypergrad.implicit(
+        linear_solve.conjugate_gradient(num_steps=2, damping=0.1, warm_start=True), curvature="gauss_newton"
+    ),
+}
+"""Every estimator with every solver that is registered, and options of ours: what the conformance suite runs over."""
+
+
 def estimates_at(
     problem, estimator, inner, outer, *, calls, tx=None, num_steps=1, inner_batches=None, outer_batch=NO_BATCH
 ):
     """As many estimates, each from `inner`, the estimator's state carried from one to the next."""
-    tx = optax.set_to_zero() if tx is None else tx
     inner_batches = jnp.zeros((num_steps,)) if inner_batches is None else inner_batches
-    start = inner if isinstance(inner, InnerState) else InnerState(inner, tx.init(inner))
+    start = inner if isinstance(inner, InnerState) else InnerState(inner, () if tx is None else tx.init(inner))
 
     @jax.jit
     def run(start, outer, state):
-        return estimator.estimate(problem, tx, start, outer, inner_batches, outer_batch, state)
+        return hypergradient(problem, estimator, start, outer, inner_batches, outer_batch, inner_tx=tx, state=state)
 
     estimates, state = [], estimator.init(start, outer)
     for _ in range(calls):
@@ -79,14 +102,14 @@ def estimates_at(
 
 
 def estimate_at(problem, estimator, inner, outer, **options):
-    """The estimate from `inner`; without `tx` the look-ahead stays where it is, so that it is the one *at* `inner`."""
+    """The estimate from `inner`; without `tx` that is the solution."""
     return estimates_at(problem, estimator, inner, outer, calls=1, **options)[0]
 
 
 TRANSFORMS = {
     "adamw, clipped, on a schedule": optax.chain(
         optax.clip_by_global_norm(0.3),
-        optax.adamw(optax.linear_schedule(0.1, 0.0, 20), weight_decay=0.1, eps_root=1e-8),
+        optax.adamw(optax.linear_schedule(0.1, 0.0, 20), weight_decay=0.1),
     ),
     "momentum": optax.sgd(0.05, momentum=0.9),
 }
@@ -292,8 +315,7 @@ def mixed_linear(anchor: float, seed=0, n=24, shape=(4, 2)) -> MixedLinear:
         lambda params, batch: batch[0] @ params["w"],
         lambda z, batch: 0.5 * jnp.sum((z - batch[1]) ** 2) / z.shape[0],
     )
-    frozen = {"w": jnp.asarray(pretrained)}
-    problem = mixup_problem(loss, frozen, mixed=("w",), anchor=anchor)
+    problem = mixup_problem(loss, partition({"w": jnp.asarray(pretrained)}, mixed="w"), anchor=anchor)
     return MixedLinear(problem, pretrained, *sets, anchor)
 
 
@@ -329,10 +351,10 @@ class Network(NamedTuple):
     def loss(self, params, batch):
         return self.cross_entropy(self.logits(params, batch), batch)
 
-    def problem(self, frozen, *, compute="float32", anchor=0.1):
+    def problem(self, weights, *, compute="float32", anchor=0.1):
         logits = {"float32": self.logits, "bfloat16": self.bfloat16_logits}[compute]
         loss = Composite(logits, self.cross_entropy)
-        return mixup_problem(loss, frozen, mixed=self.partition.mixed, anchor=anchor)
+        return mixup_problem(loss, partition(weights, mixed=r".*kernel"), anchor=anchor)
 
     def batches(self, seed, *lead, b=8):
         """A batch, or with `lead` a stack of them."""
@@ -348,12 +370,13 @@ class Network(NamedTuple):
 def network(seed=0) -> Network:
     rng = np.random.default_rng(seed)
     params = {
-        "first": {"kernel": jnp.asarray(rng.normal(size=(4, 6)) / 2, jnp.float32), "bias": jnp.zeros(6)},
-        "second": {"kernel": jnp.asarray(rng.normal(size=(6, 3)) / 2, jnp.float32)},
+        "first.kernel": jnp.asarray(rng.normal(size=(4, 6)) / 2, jnp.float32),
+        "first.bias": jnp.zeros(6),
+        "second.kernel": jnp.asarray(rng.normal(size=(6, 3)) / 2, jnp.float32),
     }
     return Network(params, partition(params, mixed=r".*kernel"))
 
 
 def effective_weight(w0, w, alpha, **kwargs):
     """`mix` on a single weight."""
-    return mix({"w": w0}, {"w": w}, {"w": alpha}, **kwargs)["w"]
+    return mix(partition({"w": w0}, mixed="w"), {"w": w}, {"w": alpha}, **kwargs)["w"]

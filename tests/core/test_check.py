@@ -1,14 +1,14 @@
 """What the core refuses, and in which words."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from agwm_jax import AgwmError, Composite, Problem, bilevel, hypergrad, linear_solve
-from agwm_jax.core.estimators import Estimate, Hypergradient
+from agwm_jax import ESTIMATORS, AgwmError, Composite, Estimate, Estimator, Problem, bilevel, hypergrad, linear_solve
 from tests.core.problems import NO_BATCH, darts_toy, estimate_at
 
 NEUMANN = linear_solve.neumann(num_terms=2, step_size=0.1)
@@ -83,7 +83,7 @@ def test_options_are_refused(without_type_checks, message, make):
 def test_what_only_the_trace_can_tell():
     one = jnp.float32(1)
     with pytest.raises(AgwmError, match=r"unrolled\(num_steps=3\): the look-ahead has 2 inner steps; lower num_steps"):
-        estimate_at(darts_toy(), hypergrad.unrolled(num_steps=3), one, one, num_steps=2)
+        estimate_at(darts_toy(), hypergrad.unrolled(num_steps=3), one, one, tx=optax.sgd(0.1), num_steps=2)
     for hvp in ("linearize", "jvp", "finite_difference"):
         estimator = hypergrad.implicit(NEUMANN, hvp=hvp, curvature="gauss_newton")
         with pytest.raises(AgwmError, match=r"expected the inner loss as agwm_jax.Composite\(outputs, criterion\)"):
@@ -157,10 +157,10 @@ def test_a_projection_must_keep_the_tree(project, message):
     ],
 )
 def test_an_estimator_of_the_users_must_keep_the_tree(hypergradient, got):
-    def estimate(problem, tx, inner, outer, inner_batches, outer_batch, state):
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state):
         return Estimate(hypergradient(outer), inner, state, {})
 
-    solver = solver_of(estimator=Hypergradient(lambda inner, outer: (), estimate))
+    solver = solver_of(estimator=Estimator(lambda inner, outer: (), estimate, forward_mode=False))
     with pytest.raises(AgwmError, match="the estimator's hypergradient") as error:
         jax.eval_shape(solver.step, solver.init(*variables()), jnp.zeros(1), NO_BATCH)
     assert got in str(error.value)
@@ -192,7 +192,7 @@ def test_losses_must_be_scalars(side, message, loss):
         (lambda w, o, _: jnp.zeros(()), False),
         (lambda w, o, b: jnp.sum(o["b"][0]) + b, False),
         (lambda w, o, _: jnp.sum(o["b"][0] ** 2) + 0 * jnp.sum(w["a"]), True),
-        (lambda w, o, _: jax.jit(lambda w: jnp.sum(w["a"]))(w), True),
+        (lambda w, o, _: jax.jit(lambda w: jnp.sum(w["a"]))(w), True),  # the inner loss uses o
         (Composite(lambda w, o, _: w["a"] - o["b"][0], lambda z, _: jnp.sum(z**2)), True),
     ],
 )
@@ -215,6 +215,7 @@ def test_the_outer_loss_must_use_the_inner_variable(outer_loss, depends):
         ({"x": jnp.zeros((2, 4)), "y": jnp.zeros((3, 4))}, "(2, 4), (3, 4)"),
         ({"x": jnp.zeros((2, 4)), "key": jnp.zeros(())}, "(), (2, 4)"),
         (jnp.zeros(()), "()"),
+        (jnp.zeros(0), "(0,)"),
         (jnp.zeros((0, 4)), "(0, 4)"),
         ({}, "no arrays"),
     ],
@@ -224,6 +225,75 @@ def test_inner_batches_share_a_leading_axis(batches, found):
     message = f"inner_batches has leaves of shape {found}: expected a leading axis [k, ...]"
     with pytest.raises(AgwmError, match=re.escape(message)):
         jax.eval_shape(solver.step, solver.init(*variables()), batches, NO_BATCH)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "message"),
+    [
+        (jnp.zeros(4), jnp.zeros(4), "inner_batches has shape (4,) and outer_batch (4,): expected one axis more"),
+        (
+            {"x": jnp.zeros((2, 4, 3)), "y": jnp.zeros((2,))},
+            {"x": jnp.zeros((4, 3)), "y": jnp.zeros((4,))},
+            "inner_batches['y'] has shape (2,) and outer_batch (4,)",
+        ),
+    ],
+)
+def test_a_missing_axis_of_inner_steps_is_seen_by_the_ranks(inner, outer, message):
+    solver = solver_of()
+    with pytest.raises(AgwmError, match=re.escape(message)):
+        jax.eval_shape(solver.step, solver.init(*variables()), inner, outer)
+
+
+def test_an_outer_variable_that_nothing_depends_on():
+    unused = Problem(lambda w, o, _: jnp.sum(w["a"] ** 2), lambda w, o, _: jnp.sum(w["a"]))
+    solver = solver_of(unused)
+    with pytest.raises(AgwmError, match="no loss depends on the outer variable, so its gradient is zero"):
+        jax.eval_shape(solver.step, solver.init(*variables()), jnp.zeros(1), NO_BATCH)
+
+
+def test_factories_that_were_not_called(without_type_checks):
+    with pytest.raises(AgwmError, match=r"the estimator is unrolled: .* is it called\?"):
+        solver_of(estimator=hypergrad.unrolled)
+    with pytest.raises(AgwmError, match=r"implicit\(neumann\): expected a linear solver, .* is it called\?"):
+        hypergrad.implicit(linear_solve.neumann)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "inner_steps", "message"),
+    [
+        ("unrolled", {"num_steps": 3}, 2, "the look-ahead has 2 inner steps"),
+        ("implicit", {"resample": True}, 1, "the look-ahead has 1 inner step"),
+    ],
+)
+def test_settings_that_do_not_fit_the_look_ahead(name, settings, inner_steps, message):
+    check = ESTIMATORS[name].facts["check"]
+    with pytest.raises(AgwmError, match=message):
+        check(SimpleNamespace(**settings), inner_steps=inner_steps)
+    check(SimpleNamespace(**settings), inner_steps=3)
+
+
+@pytest.mark.parametrize("estimator", [hypergrad.first_order(), hypergrad.unrolled(), hypergrad.finite_difference()])
+def test_each_loss_is_traced_for_the_checks_once_at_most(estimator):
+    """The outer loss once to see what it depends on, the inner one not at all where that is enough."""
+    calls = []
+
+    def counted(name, loss):
+        return lambda *args: (calls.append(name), loss(*args))[1]
+
+    problem = quadratic()
+    problem = Problem(counted("inner", problem.inner_loss), counted("outer", problem.outer_loss))
+    solver = solver_of(problem, estimator)
+    state = solver.init(*variables())
+    jax.eval_shape(solver.step, state, jnp.zeros(2), NO_BATCH)
+    with_checks = sorted(calls)
+    calls.clear()
+    start = state.inner
+    jax.eval_shape(
+        lambda: estimator.estimate(
+            problem, hypergrad.optimizer_steps(optax.sgd(0.1)), start, state.outer, jnp.zeros(2), NO_BATCH, ()
+        )
+    )
+    assert with_checks == sorted([*calls, "outer"])
 
 
 def test_checks_cost_nothing_in_the_program():

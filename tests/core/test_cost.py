@@ -101,13 +101,13 @@ def search():
 
     plain = matmul_flops(jax.value_and_grad(loss), parts.task, batch())
     assert plain == pytest.approx(3 * 2 * 16 * 128 * 6 * (12 * 384**2 + 2 * 128 * 384), rel=0.01)
-    problem = mixup_problem(loss, parts.frozen, mixed=parts.mixed, anchor=0.1)
+    problem = mixup_problem(loss, parts, anchor=0.1)
 
     def cost(estimator, k=1, rollback=False):
         solver = bilevel(
             problem,
             estimator,
-            inner_tx=optax.adamw(1e-3, eps_root=1e-16),
+            inner_tx=optax.adamw(1e-3),
             outer_tx=optax.adamw(1e-3),
             project=project_alpha,
             rollback=rollback,
@@ -240,7 +240,7 @@ def test_the_compiled_program_holds_what_is_counted(full_optimization, estimator
         return jnp.mean(batch**2)
 
     solver = bilevel(
-        mixup_problem(loss, parts.frozen, mixed=parts.mixed, anchor=0.1),
+        mixup_problem(loss, parts, anchor=0.1),
         estimator,
         inner_tx=optax.sgd(0.1),
         outer_tx=optax.sgd(0.1),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from agwm_jax import Composite, Problem, hypergrad, linear_solve, mixup_problem
+from agwm_jax import Composite, Problem, hypergrad, linear_solve, mixup_problem, partition
 from agwm_jax.core import curvature
 from tests.core.problems import (
     NO_BATCH,
@@ -115,8 +115,9 @@ def test_a_composite_loss_makes_a_composite_problem(x64, anchor):
     frozen, task = {"w": jnp.asarray(case.pretrained)}, {"w": jnp.asarray(case.pretrained) + 0.3}
     batch = jax.tree.map(jnp.asarray, case.train)
     loss = Composite(lambda p, b: jnp.tanh(b[0] @ p["w"]), lambda z, b: jnp.mean((z - b[1]) ** 2))
-    composite = mixup_problem(loss, frozen, mixed=("w",), anchor=anchor)
-    plain = mixup_problem(lambda p, b: loss(p, b), frozen, mixed=("w",), anchor=anchor)
+    parts = partition(frozen, mixed="w")
+    composite = mixup_problem(loss, parts, anchor=anchor)
+    plain = mixup_problem(lambda p, b: loss(p, b), parts, anchor=anchor)
     assert isinstance(composite.inner_loss, Composite)
     assert not isinstance(plain.inner_loss, Composite)
     for a, b in zip(composite, plain, strict=True):
@@ -129,7 +130,7 @@ def test_a_composite_loss_makes_a_composite_problem(x64, anchor):
     matvec = curvature.gauss_newton(composite.inner_loss, task, alpha, batch, "linearize")
     matrix = written_out(lambda p: matvec({"w": p.reshape(4, 2)})["w"].ravel(), 8)
     np.testing.assert_allclose(matrix, matrix.T, atol=1e-12)
-    without = curvature.gauss_newton(mixup_problem(loss, frozen, mixed=("w",)).inner_loss, task, alpha, batch, "jvp")
+    without = curvature.gauss_newton(mixup_problem(loss, parts).inner_loss, task, alpha, batch, "jvp")
     bare = written_out(lambda p: without({"w": p.reshape(4, 2)})["w"].ravel(), 8)
     np.testing.assert_allclose(matrix - bare, anchor * np.eye(8), atol=1e-12)
 

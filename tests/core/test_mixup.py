@@ -112,35 +112,43 @@ def test_gradient_is_not_clipped_above_one(pair):
 
 
 def test_mix_leaves_the_rest_alone():
-    frozen = {"embed": jnp.ones(3), "w": jnp.zeros((2, 2))}
+    weights = {"embed": jnp.ones(3), "w": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    parts = partition(weights, mixed="w", frozen="embed")
     task = {"bias": jnp.full(2, 3.0), "w": jnp.ones((2, 2))}
-    mixed = mix(frozen, task, {"w": constant_alpha(1, 0.5, (2, 2))})
+    mixed = mix(parts, task, {"w": constant_alpha(1, 0.5, (2, 2))})
     np.testing.assert_array_equal(mixed["w"], np.full((2, 2), 0.25))
     assert mixed["bias"] is task["bias"]
-    assert mixed["embed"] is frozen["embed"]
-    assert mix(frozen, task, {})["w"] is task["w"]  # no gate, no mixture: the task weight, not the pretrained one
+    assert mixed["embed"] is weights["embed"]
+    assert mix(parts, task, {})["w"] is task["w"]  # no gate, no mixture: the task weight, not the pretrained one
     assert sorted(mixed) == ["bias", "embed", "w"]
 
 
 @pytest.mark.parametrize(
-    ("frozen", "task", "alpha", "complement", "message"),
+    ("mixed", "task", "alpha", "complement", "message"),
     [
-        ((2, 2), (2, 2), (1, (2, 2)), "concave", "complement = 'concave': expected 'convex' or 'factored'"),
-        (None, (2, 2), (1, (2, 2)), "convex", "a gate for 'w', which the frozen weights lack"),
-        ((2, 2), None, (1, (2, 2)), "convex", "a gate for 'w', which the task weights lack"),
-        ((2, 2), (2, 2), (1, (3, 2)), "convex", r"'w': the gate has shape \(3, 2\), the task weight \(2, 2\)"),
-        ((2, 2), (2, 2), ("full", (2, 1)), "convex", r"the gate has shape \(2, 1\)"),
-        ((2, 3), (2, 2), (1, (2, 2)), "convex", r"the pretrained \(2, 3\)"),
-        ((2, 2), (2, 2), (2, (2, 2)), "factored", "'factored' is defined for rank 1 only"),
-        ((2, 2), (2, 2), ("full", (2, 2)), "factored", "'factored' is defined for rank 1 only"),
+        ("w", (2, 2), (1, (2, 2)), "concave", "complement = 'concave': expected 'convex' or 'factored'"),
+        ("other", (2, 2), (1, (2, 2)), "convex", "a gate for 'w', which the partition does not mix"),
+        ("w", None, (1, (2, 2)), "convex", "a gate for 'w', which the task weights lack"),
+        ("w", (2, 2), (1, (3, 2)), "convex", r"'w': the gate has shape \(3, 2\), the task weight \(2, 2\)"),
+        ("w", (2, 2), ("full", (2, 1)), "convex", r"the gate has shape \(2, 1\)"),
+        ("w", (2, 3), (1, (2, 3)), "convex", r"the task weight \(2, 3\), the pretrained \(2, 2\)"),
+        ("w", (2, 2), (2, (2, 2)), "factored", "'factored' is defined for rank 1 only"),
+        ("w", (2, 2), ("full", (2, 2)), "factored", "'factored' is defined for rank 1 only"),
     ],
 )
-def test_mix_refuses(without_type_checks, frozen, task, alpha, complement, message):
-    def weights(shape):
-        return {} if shape is None else {"w": jnp.ones(shape)}
-
+def test_mix_refuses(without_type_checks, mixed, task, alpha, complement, message):
+    parts = partition({"w": jnp.ones((2, 2)), "other": jnp.ones((2, 2))}, mixed=(mixed,))
+    task = {} if task is None else {"w": jnp.ones(task)}
     with pytest.raises(AgwmError, match=message):
-        mix(weights(frozen), weights(task), {"w": constant_alpha(alpha[0], 1.0, alpha[1])}, complement=complement)
+        mix(parts, task, {"w": constant_alpha(alpha[0], 1.0, alpha[1])}, complement=complement)
+
+
+def test_what_is_no_partition_is_refused(without_type_checks):
+    weights = {"w": jnp.ones((2, 2))}
+    with pytest.raises(AgwmError, match=r"mix: partition is a dict, expected what partition\(params, ...\) returns"):
+        mix(weights, weights, {})
+    with pytest.raises(AgwmError, match="mixup_problem: partition is a str"):
+        mixup_problem(lambda params, batch: 0.0, "w")
 
 
 @pytest.mark.parametrize("rank", [1, 2, "full"])
@@ -149,7 +157,9 @@ def test_init_statistics(rank):
     alpha = init_alpha(jax.random.key(0), parts, rank=rank)
     if rank != "full":
         assert (alpha["a"].left.shape, alpha["a"].right.shape) == ((2, 300, rank), (2, rank, 200))
-    assert all(x.dtype == "bfloat16" for x in jax.tree.leaves(alpha["b"]))
+    assert all(x.dtype == "float32" for x in jax.tree.leaves(alpha))  # 1 - 0.002 is 1 in bfloat16
+    mixed = mix(parts, parts.task, alpha)
+    assert (mixed["a"].dtype, mixed["b"].dtype) == ("float32", "bfloat16")
     draws = np.concatenate([np.ravel(x) for x in jax.tree.leaves(alpha["a"])])
     # N(1, 0.005) clipped at 1: half are 1, the rest has the standard deviation of a half normal.
     assert draws.max() == 1
@@ -208,27 +218,47 @@ def test_statistics_of_known_gates():
 
 
 def test_anchor_acts_on_the_mixed_weights_of_the_inner_loss_only():
-    frozen, task = {"w": jnp.zeros((2, 2))}, {"w": jnp.full((2, 2), 2.0), "b": jnp.full(3, 7.0)}
+    task = {"w": jnp.full((2, 2), 2.0), "b": jnp.full(3, 7.0)}
+    parts = partition({"w": jnp.zeros((2, 2)), "b": jnp.zeros(3)}, mixed="w")
     alpha = {"w": constant_alpha(1, 0.5, (2, 2))}
 
     def loss(params, batch):
         return jnp.sum(params["w"]) * batch  # A = 1/4, so W_eff = 1/2 and the sum is 2
 
-    problem = mixup_problem(loss, frozen, mixed=("w",), anchor=0.3)
+    problem = mixup_problem(loss, parts, anchor=0.3)
     assert float(problem.outer_loss(task, alpha, 10.0)) == pytest.approx(20)
     assert float(problem.inner_loss(task, alpha, 10.0)) == pytest.approx(20 + 0.15 * 16)
-    without = mixup_problem(loss, frozen, mixed=("w",))
+    without = mixup_problem(loss, parts)
     assert float(without.inner_loss(task, alpha, 10.0)) == pytest.approx(20)
-    factored = mixup_problem(loss, {"w": jnp.ones((2, 2))}, mixed=("w",), complement="factored")
+    of_ones = partition({"w": jnp.ones((2, 2)), "b": jnp.zeros(3)}, mixed="w")
+    factored = mixup_problem(loss, of_ones, complement="factored")
     assert float(factored.outer_loss(task, alpha, 1.0)) == pytest.approx(4 * (0.25 * 2 + 0.25))
 
 
+def test_the_loss_gets_the_structure_of_the_user():
+    parts = partition({"dense": {"kernel": jnp.zeros((2, 2))}}, mixed=".*kernel")
+    problem = mixup_problem(lambda params, batch: jnp.sum(params["dense"]["kernel"]), parts, anchor=1.0)
+    task = {"dense.kernel": jnp.ones((2, 2))}
+    alpha = {"dense.kernel": jnp.full((2, 2), 0.5)}
+    assert float(problem.inner_loss(task, alpha, None)) == pytest.approx(0.5 * 4 + 0.5 * 4)
+
+
 def test_factors_of_two_ranks_are_refused():
-    weights = {"w": jnp.ones((4, 3))}
+    parts = partition({"w": jnp.ones((4, 3))}, mixed="w")
     with pytest.raises(AgwmError, match="'w': left has rank 1 and right 4; expected one rank"):
-        mix(weights, weights, {"w": LowRank(jnp.ones((4, 1)), jnp.ones((4, 3)))})
+        mix(parts, parts.task, {"w": LowRank(jnp.ones((4, 1)), jnp.ones((4, 3)))})
 
 
-def test_a_negative_anchor_is_refused():
-    with pytest.raises(AgwmError, match=r"anchor = -1\.0: expected a strength of 0 or more"):
-        mixup_problem(lambda params, batch: params["w"].sum(), {"w": jnp.ones((2, 2))}, mixed=("w",), anchor=-1.0)
+@pytest.mark.parametrize(
+    ("mixed", "anchor", "message"),
+    [
+        ("w", -1.0, r"anchor = -1\.0: expected a strength of 0 or more"),
+        ((), 0.5, r"anchor = 0\.5, and nothing is mixed: it would act on no weight"),
+        ((), jnp.float32(0.5), "nothing is mixed"),
+    ],
+)
+def test_anchors_are_refused(mixed, anchor, message):
+    with pytest.raises(AgwmError, match=message):
+        mixup_problem(
+            lambda params, batch: params["w"].sum(), partition({"w": jnp.ones((2, 2))}, mixed=mixed), anchor=anchor
+        )

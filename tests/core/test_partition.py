@@ -78,7 +78,7 @@ def test_round_trip_of_any_pytree(make, pattern, paths):
     moved = {path: w + 1 for path, w in parts.task.items()}
     zero = jax.tree.map(jnp.zeros_like, alpha)
     for gates, expected in ((zero, {**moved, **parts.frozen}), ({}, moved)):
-        rebuilt = mix(parts.frozen, moved, gates, structure=parts.structure)
+        rebuilt = mix(parts, moved, gates)
         assert jax.tree.structure(rebuilt) == jax.tree.structure(params)
         again = partition(rebuilt, mixed=pattern).task
         assert again.keys() == expected.keys()
@@ -101,14 +101,14 @@ def test_a_rebuilt_nnx_state_runs():
     parts = partition(state, mixed=r".*kernel")
     moved = {path: w + 1 for path, w in parts.task.items()}
     x = jnp.ones((1, 3))
-    merged = nnx.merge(graph, mix(parts.frozen, moved, {}, structure=parts.structure))
+    merged = nnx.merge(graph, mix(parts, moved, {}))
     kernel = model.layers[0].kernel[...]
     np.testing.assert_allclose(merged.layers[0](x), x @ (kernel + 1) + 1, rtol=1e-6)
 
 
 def test_a_rebuilt_module_keeps_its_functions_and_metadata():
     parts = partition(module(), mixed=r".*weight")
-    rebuilt = jax.jit(lambda task: mix(parts.frozen, task, {}, structure=parts.structure).layers[1].weight)(parts.task)
+    rebuilt = jax.jit(lambda task: mix(parts, task, {}).layers[1].weight)(parts.task)
     np.testing.assert_array_equal(rebuilt, module().layers[1].weight)
     whole = parts.structure.unflatten(parts.task)
     assert isinstance(whole, Stack)
@@ -136,18 +136,26 @@ def test_donating_the_task_weights_deletes_nothing_of_the_user():
     params = nested_dict()
     parts = partition(params, mixed=r".*kernel")
     step = jax.jit(lambda task: jax.tree.map(lambda w: w + 1, task), donate_argnums=0)
-    step(step(parts.task))
-    assert all(w.is_deleted() for w in parts.task.values())  # else this test shows nothing
+    task = parts.task
+    step(step(task))
+    assert all(w.is_deleted() for w in task.values())  # else this test shows nothing
     assert not any(w.is_deleted() for w in jax.tree.leaves((parts.frozen, params)))
     np.testing.assert_array_equal(parts.frozen["encoder.dense.kernel"], jnp.arange(6.0).reshape(3, 2))
 
 
-def test_numpy_weights_are_copied():
-    weight = np.ones((2, 2), np.float32)
-    parts = partition({"w": weight}, mixed="w")
-    weight[:] = 5
-    np.testing.assert_array_equal(parts.task["w"], np.ones((2, 2)))
-    np.testing.assert_array_equal(parts.frozen["w"], np.ones((2, 2)))
+def test_under_tracing_nothing_is_computed():
+    """The program of a loss through the partition has no copy, and none of the weights that the loss leaves alone."""
+
+    def total(weights):
+        parts = partition(weights, mixed=("kernel",), frozen="embed")
+        return jnp.sum(mix(parts, parts.task, init_alpha(jax.random.key(0), parts, noise=0.0))["bias"])
+
+    weights = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "embed": jnp.ones((4, 2))}
+    text = str(jax.make_jaxpr(lambda weights: partition(weights, mixed=("kernel",), frozen="embed").task)(weights))
+    assert "copy" not in text
+    assert float(jax.jit(total)(weights)) == 2
+    shapes = {path: jax.ShapeDtypeStruct(w.shape, w.dtype) for path, w in weights.items()}
+    assert partition(shapes, mixed="kernel").mixed == ("kernel",)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,17 @@ def test_numpy_weights_are_copied():
         ({"kernel": "k"}, {"mixed": "("}, r"`mixed` = '\(' is not a regular expression: missing \)"),
         ({"kernel": "k"}, {"mixed": "kernel", "frozen": "x"}, "`frozen` = 'x' matches none of the 1 weights"),
         ({"kernel": "k"}, {"mixed": "k.*", "frozen": "kernel"}, "`mixed` and `frozen` both match 'kernel'"),
-        ({"bias": "b"}, {"mixed": ".*"}, r"`mixed` matches 'bias' of shape \(2,\); a mixed weight needs two axes"),
+        ({"w": "b"}, {"mixed": ".*"}, r"`mixed` matches 'w' of shape \(2,\), which is no kernel: .* two axes or more"),
+        # Stacked over layers, these have two axes too.
+        ({"layers.bias": "k"}, {"mixed": ".*"}, r"`mixed` matches 'layers.bias' of shape \(2, 2\), which is no kernel"),
+        (
+            {"norm": {"scale": "k"}},
+            {"mixed": ".*"},
+            "`mixed` matches 'norm.scale' .* only a list of paths may name a bias",
+        ),
+        ({"kernel": "k", "bias": "b"}, {"mixed": ("bias",)}, "`mixed` matches 'bias' .* is no kernel"),
+        ({"kernel": "k"}, {"mixed": ("kernel", "kernal")}, "`mixed` lists 'kernal', which is none of the 1 weights"),
+        ({"kernel": "k"}, {"mixed": (), "frozen": ["x"]}, "`frozen` lists 'x', which is none of the 1 weights"),
         ({"a.b": "k", "a": {"b": "k"}}, {"mixed": ".*"}, "two leaves have the same path: 'a.b'"),
     ],
 )
@@ -171,6 +189,14 @@ def test_refuses(params, kwargs, message):
     params = jax.tree.map(lambda leaf: arrays.get(leaf, leaf), params)
     with pytest.raises(AgwmError, match=message):
         partition(params, **kwargs)
+
+
+def test_listed_paths_are_taken_as_they_are():
+    weights = {"layers.bias": jnp.ones((2, 2)), "kernel": jnp.ones((2, 2)), "a": jnp.ones(1)}
+    parts = partition(weights, mixed=["layers.bias", "kernel"], frozen=("a",))
+    assert parts.mixed == ("kernel", "layers.bias")  # in the order of the weights
+    assert (sorted(parts.frozen), sorted(parts.task)) == (["a", "kernel", "layers.bias"], ["kernel", "layers.bias"])
+    assert partition(weights, mixed=()).mixed == ()
 
 
 def test_unflatten_names_what_is_missing():
@@ -185,7 +211,7 @@ def test_integers_are_no_weights_even_where_the_pattern_matches():
     parts = partition({"kernel": jnp.ones((2, 2)), "kernel_ids": jnp.ones((2, 2), "int32")}, mixed="kernel.*")
     assert parts.mixed == ("kernel",)
     alpha = project_alpha(init_alpha(jax.random.key(0), parts))
-    whole = mix(parts.frozen, parts.task, alpha, structure=parts.structure)
+    whole = mix(parts, parts.task, alpha)
     assert whole["kernel_ids"].dtype == "int32"
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from agwm_jax.core.deferred import materialise
 from agwm_jax.methods.interface import Context, Method, Setup
 from agwm_jax.methods.training import Finetune
 from agwm_jax.models.loss import batch_loss
@@ -59,11 +60,11 @@ def tiny_model(*, dropout: float = 0.1, dtype: Any = jnp.float32) -> Model:
     def features(params, embedded, batch, *, key=None, reverse_only=False):
         del batch, reverse_only
         prefix = "encoder.layers."
-        stacked = {path.removeprefix(prefix): w.astype(dtype) for path, w in params.items() if path.startswith(prefix)}
+        stacked = {path.removeprefix(prefix): w for path, w in params.items() if path.startswith(prefix)}
         keys = jax.random.split(jax.random.key(0) if key is None else key, LAYERS)
 
         def layer(x, per_layer):
-            w, layer_key = per_layer
+            w, layer_key = {path: w.astype(dtype) for path, w in materialise(per_layer[0]).items()}, per_layer[1]
             gate = jnp.tanh(jnp.einsum("btd,de->bte", x, w["query.kernel"]) + w["query.bias"][None, None])
             value = jnp.einsum("btd,de->bte", x, w["value.kernel"])
             x = x + drop(gate * value, None if key is None else layer_key)
@@ -158,6 +159,25 @@ def batch_of(data, rows, key):
 def phase_key(key, name: str):
     """Of the seed and the phase's name alone."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+def abstract_step(phase, variables, *, tokens: int = TOKENS, width: int = WIDTH) -> tuple:
+    """Arguments of a phase's step as shapes: state, context, batches, key and number of the step."""
+    spec, key = jax.ShapeDtypeStruct, jax.eval_shape(lambda: jax.random.key(0))
+    columns = {"input_ids": ((tokens,), jnp.int32), "labels": ((), jnp.int32)}
+    batches = {}
+    for name, plan in phase.plan.items():
+        rows = plan.shape[1:]
+        batches[name] = {column: spec((*rows, *shape), dtype) for column, (shape, dtype) in columns.items()}
+        batches[name] |= {"weight": spec(rows, jnp.float32), "key": spec(rows[:-1], key.dtype)}
+    context = Context(shapes_of(width=width), variables, variables)
+    return jax.eval_shape(phase.start, context, key), context, batches, key, spec((), jnp.int32)
+
+
+def trace_step(phase, variables) -> tuple:
+    """Shapes of a phase's state before and after a step."""
+    arguments = abstract_step(phase, variables)
+    return arguments[0], jax.eval_shape(phase.step, *arguments)[0]
 
 
 class Runner:

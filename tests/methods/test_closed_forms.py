@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import setup_of, shapes_of
+from harness import batch_of, pretrained_weights, setup_of, shapes_of, training_set
 from three_weights import DATA, PRETRAINED, batch, by_path, flat, gradient, setup, take_step
 
 from agwm_jax.core.types import LowRank
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.child_tuning_d import ChildTuningD, top_share
-from agwm_jax.methods.interface import Context
+from agwm_jax.methods.interface import METHODS, Context
 from agwm_jax.methods.l2_sp import L2SP
 from agwm_jax.methods.lora import Lora
 from agwm_jax.methods.mixout import Mixout, mixout
@@ -197,3 +197,37 @@ def test_decoupled_l2_sp_pulls_by_the_learning_rate_of_the_step_alone(step):
     # A fresh optimiser counts from 0, where its own rate is still 0: what is left is the pull at the rate of this step.
     assert_close(after.params["task"], moved - 0.01 * step / 3 * pull, 1e-6)
     np.testing.assert_allclose(info["loss"], 0.5 * np.mean((DATA["x"][rows] @ moved - DATA["y"][rows]) ** 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("frozen_alpha", {"mixup": {"rank": 2, "noise": 0.3}}),
+        ("frozen_alpha", {"mixup": {"complement": "factored", "noise": 0.3}}),
+        ("lora", {"targets": None}),
+    ],
+)
+def test_training_within_the_models_layers_sees_the_merged_weights(name, settings):
+    """Stacked kernels are computed layer by layer; the loss is that of what `merge` gives."""
+    built = setup_of()
+    method = METHODS[name].value.model_validate({"name": name, **settings}).build(built)
+    pretrained = pretrained_weights()
+    (phase,) = method.phases
+
+    @jax.jit
+    def losses(key):
+        variables = method.init(pretrained, key)
+        variables = jax.tree.map(lambda x: x + 0.2 * jnp.cos(jnp.arange(1.0 * x.size)).reshape(x.shape), variables)
+        rows = batch_of(training_set(), phase.plan["train"][0], key)
+        context = Context(pretrained, variables, variables)
+        _, info = phase.step(phase.start(context, key), context, {"train": rows}, key, jnp.int32(0))
+        merged = method.merge(pretrained, variables)
+        return (
+            info["loss"],
+            built.loss(reverse_only=True)(merged, rows),
+            built.loss(reverse_only=True)(pretrained, rows),
+        )
+
+    trained, merged, plain = losses(jax.random.key(0))
+    np.testing.assert_allclose(trained, merged, rtol=1e-6)
+    assert abs(merged - plain) > 1e-3

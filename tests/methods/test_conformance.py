@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import Runner, pretrained_weights, run, setup_of, shapes_of, tiny_model, training_set
+from harness import Runner, pretrained_weights, setup_of, shapes_of, tiny_model, trace_step, training_set
 
 from agwm_jax.methods.interface import METHODS
 
@@ -23,24 +23,26 @@ def build(name, setup):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_runs_alone_and_mapped_over_seeds(name):
     """Beside what the harness asserts: a state keeps its shapes, one trace of a step, a donated state."""
-    setup = setup_of()
-    method = build(name, setup)
-    starts, keys = [pretrained_weights(seed=seed) for seed in (0, 1)], jax.random.split(jax.random.key(7))
+    frozen = ("embeddings.word.embedding", "encoder.layers.norm.scale", "pooler.kernel")
+    setup = setup_of(num_labels=1, frozen=frozen, accumulate=2, epochs=1)
+    method, data = build(name, setup), training_set(num_labels=1)
+    starts, keys = [pretrained_weights(1, seed) for seed in (0, 1)], jax.random.split(jax.random.key(7))
     before = jax.tree.map(np.array, starts)
 
-    runner = Runner(method)
+    runner = Runner(method, data=data)
     alone = [runner.run(pretrained, key) for pretrained, key in zip(starts, keys, strict=True)]
     chex.assert_trees_all_equal(starts, before)  # not one of W0's buffers was donated
-    for trained in alone:
+    for trained, start in zip(alone, starts, strict=True):
         chex.assert_tree_all_finite(jax.tree.leaves((trained.learnt, trained.weights, trained.infos)))
         assert all(len(trained.infos[phase.name]["loss"]) == phase.num_steps for phase in method.phases)
-        chex.assert_trees_all_equal_shapes_and_dtypes(trained.weights, starts[0])
-        chex.assert_trees_all_equal_shapes_and_dtypes(trained.learnt, method.learnt_shapes(starts[0]))
-        assert all(set(collection) <= set(setup.model.weights) for collection in trained.learnt.values())
-        assert any(np.any(trained.weights[path] != starts[0][path]) for path in starts[0])
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained.weights, start)
+        chex.assert_trees_all_equal_shapes_and_dtypes(trained.learnt, method.learnt_shapes(start))
+        assert all(set(collection) <= set(setup.trainable) for collection in trained.learnt.values())
+        assert {path for path in frozen if np.array_equal(trained.weights[path], start[path])} == set(frozen)
+        assert any(np.any(trained.weights[path] != start[path]) for path in start)
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
-    together = Runner(method, members=True).run(stacked, keys)
+    together = Runner(method, data=data, members=True).run(stacked, keys)
     for index, trained in enumerate(alone):
         mine = jax.tree.map(lambda x, index=index: x[index], (together.learnt, together.weights))
         chex.assert_trees_all_close(mine, (trained.learnt, trained.weights), atol=2e-5)
@@ -48,16 +50,12 @@ def test_a_method_runs_alone_and_mapped_over_seeds(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_keeps_float32_weights_in_bfloat16_and_leaves_frozen_ones(name):
-    frozen = ("embeddings.word.embedding", "encoder.layers.norm.scale", "pooler.kernel")
-    setup = setup_of(model=tiny_model(dtype=jnp.bfloat16), num_labels=1, frozen=frozen, accumulate=2, epochs=1)
-    method, pretrained = build(name, setup), pretrained_weights(num_labels=1)
-    trained = run(method, pretrained, jax.random.key(1), data=training_set(num_labels=1))
-    chex.assert_tree_all_finite(jax.tree.leaves((trained.learnt, trained.infos)))
-    chex.assert_trees_all_equal_shapes_and_dtypes(trained.weights, pretrained)
-    for path in frozen:
-        np.testing.assert_array_equal(trained.weights[path], pretrained[path])
-        assert not any(path in collection for collection in trained.learnt.values())
+def test_weights_and_moments_stay_float32_where_the_model_computes_in_bfloat16(name):
+    method = build(name, setup_of(model=tiny_model(dtype=jnp.bfloat16)))
+    for number, phase in enumerate(method.phases):
+        state, after = trace_step(phase, method.learnt_shapes(shapes_of(), number))
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        assert not any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(after))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -44,11 +44,6 @@ def test_a_row_is_vanilla_bit_for_bit(row, vanilla):
         np.testing.assert_array_equal(trained.weights[path], weight)
 
 
-@pytest.mark.parametrize("name", ["child_tuning_d", "frozen_alpha", "l2_sp", "mixout"])
-def test_at_its_defaults_the_same_method_is_not_vanilla(name, vanilla):
-    assert not np.array_equal(train(name).losses, vanilla.losses)
-
-
 def test_lora_starts_at_the_pretrained_logits_bit_for_bit():
     setup = setup_of()
     method = METHODS["lora"].value(targets=None).build(setup)
@@ -69,5 +64,5 @@ def test_the_result_of_searches_is_their_mean():
         left.append((state.inner.params, state.outer))
         learnt = phase.finish(context, state)
     mean = jax.tree.map(lambda *x: np.mean(x, axis=0), *left)
-    chex.assert_trees_all_close((learnt["task"], learnt["alpha"]), mean, rtol=1e-6)
+    chex.assert_trees_all_close((learnt["task"], learnt["alpha"]), mean, atol=1e-6)
     assert not np.array_equal(*(jax.tree.leaves(alpha)[0] for _, alpha in left[:2]))  # a start of its own in each

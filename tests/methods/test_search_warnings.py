@@ -2,9 +2,7 @@
 
 import math
 
-import pytest
-
-from agwm_jax.methods.search_warnings import search_warnings, spread_warnings
+from agwm_jax.methods.search_warnings import search_warnings
 
 
 def search(steps=40, phase="search-0", upto=None, **series):
@@ -109,25 +107,3 @@ def test_splits_are_judged_one_by_one_and_named():
     )
     (warning,) = search_warnings(records)
     assert warning.message.startswith("search-1, search-2: ")
-
-
-def test_spread_above_vanilla():
-    scores = {"vanilla": [0.70, 0.71, 0.72], "agwm": [0.60, 0.72, 0.84], "calm": [0.71, 0.715, 0.72]}
-    (warning,) = spread_warnings(scores)
-    assert warning.name == "spread_above_vanilla"
-    assert "agwm" in warning.message
-    assert "0.1200" in warning.message
-    assert "0.0100" in warning.message
-    assert "more than what chance does" in warning.message
-    assert spread_warnings({"agwm": scores["agwm"]}) == []
-    assert spread_warnings({**scores, "vanilla": [0.7, 0.9]}) == []
-    # A run without a score is not a seed.
-    assert spread_warnings({"vanilla": scores["vanilla"], "agwm": [0.1, 0.9, math.nan]}) == []
-
-
-def test_spread_ratio_of_chance_is_the_f_quantile():
-    # 95 % quantile of F(4, 4) is 6.388: five seeds on both sides.
-    message = spread_warnings({"vanilla": [0.0, 1.0, 2.0, 3.0, 4.0], "agwm": [0.0, 1.1, 2.1, 3.1, 4.1]})[0].message
-    ratio = float(message.split("up to ")[1].split(" ")[0])
-    assert ratio == pytest.approx(math.sqrt(6.388), rel=0.03)
-    assert "within what chance does" in message

@@ -70,7 +70,7 @@ def test_parts_that_do_not_divide_the_batch_are_refused():
 
 def test_matrices_and_tables_decay_in_every_collection():
     weights = weights_of()
-    tree = {"task": {path: 0 for path in weights}, "lora": {"encoder.layers.query.kernel": (0, 0)}, "other": {"x": 0}}
+    tree = {"task": dict.fromkeys(weights, 0), "lora": {"encoder.layers.query.kernel": (0, 0)}, "other": {"x": 0}}
     mask = decay_mask(decays(weights))(tree)
     decaying = {path for path, decides in mask["task"].items() if decides}
     assert decaying == {

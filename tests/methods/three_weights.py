@@ -13,13 +13,13 @@ from agwm_jax.models.model import Model
 from agwm_jax.models.weights import Weight
 
 WEIGHTS = {
-    "embeddings.scale": Weight("embedding", ("width",), 0),
+    "embeddings.scale": Weight("embedding", ("vocab", "width"), 0),
     "encoder.query.kernel": Weight("kernel", ("width", "heads"), 1),
     "encoder.query.bias": Weight("bias", ("heads",), 1),
     "classifier.kernel": Weight("head", ("width", "classes"), 2),
 }
 PRETRAINED = {
-    "embeddings.scale": jnp.array([0.5]),
+    "embeddings.scale": jnp.array([[0.5]]),
     "encoder.query.kernel": jnp.array([[1.0], [-2.0]]),
     "encoder.query.bias": jnp.array([0.25]),
     "classifier.kernel": jnp.array([[1.5]]),

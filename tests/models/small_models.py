@@ -1,23 +1,29 @@
-"""Small BERT models with random weights, the same for the golden logits, the unit tests and the parity tests."""
+"""Small models with random weights, the same for the golden logits, the unit tests and the parity tests."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from agwm_jax.models.bert import BertClassifier, BertConfig
-from agwm_jax.models.functional import functionalize
+from agwm_jax.models.bert import BertConfig
+from agwm_jax.models.family import FAMILIES, Family, Options, build_model
+from agwm_jax.models.model import Model
 
 
 class Small(NamedTuple):
     """Sizes of a model and of the batch that is put through it."""
 
-    config: BertConfig
+    config: Any
     num_labels: int
     lengths: tuple[int, ...]  # real tokens of each text; the longest is t
     seed: int
+    family: str = "bert"
+
+    @property
+    def of(self) -> Family:
+        return FAMILIES[self.family].value()
 
 
 SMALL = {
@@ -35,35 +41,61 @@ SMALL = {
 }
 
 
-def build(small: Small, *, pooling: str = "cls", **options: Any) -> tuple[Any, dict[str, jax.Array]]:
-    """Apply and parameters; weights large enough that attention is far from even."""
+def random_small(family: str, seed: int) -> Small:
+    """A random configuration of a family, of config.json's common keys."""
+    rng = np.random.default_rng(1000 + seed)
+    heads, texts = int(rng.integers(1, 4)), int(rng.integers(2, 5))
+    lengths = tuple(int(n) for n in rng.integers(1, 12, texts))
+    config = FAMILIES[family].value().read_config({
+        "vocab_size": int(rng.integers(50, 90)),
+        "hidden_size": 4 * heads * int(rng.integers(1, 3)),
+        "num_hidden_layers": int(rng.integers(1, 4)),
+        "num_attention_heads": heads,
+        "intermediate_size": int(rng.integers(5, 40)),
+        "hidden_act": ("gelu", "relu", "gelu_new")[seed % 3],
+        "max_position_embeddings": int(rng.integers(160, 180)),
+        "type_vocab_size": 1 + seed % 3,
+        "layer_norm_eps": 1e-5,
+    })  # fmt: skip
+    return Small(config, (1, 2, 4)[seed % 3], lengths, 50 + seed, family)
 
-    def module() -> BertClassifier:
-        return BertClassifier(small.config, num_labels=small.num_labels, pooling=pooling, rngs=nnx.Rngs(0), **options)
 
-    apply, params = functionalize(nnx.eval_shape(module))
+RANDOM = {f"{family}-{seed}": random_small(family, seed) for family in FAMILIES for seed in range(3)}
+"""Every family that the package knows, three times."""
+
+FIRST = {family: RANDOM[f"{family}-1"] for family in FAMILIES}
+"""One classifier a family."""
+
+
+def build(small: Small, *, pooling: str = "cls", **options: Any) -> tuple[Model, dict[str, np.ndarray]]:
+    """Model and parameters; weights large enough that attention is far from even."""
+    model, shapes = build_model(
+        small.of, small.config, num_labels=small.num_labels, pooling=pooling, options=Options(**options)
+    )
     rng = np.random.default_rng(small.seed)
     values = {}
-    for path in sorted(params):
-        noise = rng.normal(size=params[path].shape)
-        values[path] = jnp.asarray(1 + 0.2 * noise if path.endswith("scale") else 0.3 * noise, jnp.float32)
-    return apply, values
+    for path in sorted(shapes):
+        noise = rng.normal(size=shapes[path].shape)
+        values[path] = (1 + 0.2 * noise if path.endswith("scale") else 0.3 * noise).astype(shapes[path].dtype)
+    return model, values
 
 
-def batch_of(small: Small) -> dict[str, jax.Array]:
-    """A padded batch with labels; padding is token 0, which no text holds."""
+def batch_of(small: Small, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """A padded batch with labels; no text holds the padding token."""
     rng = np.random.default_rng(100 + small.seed)
     shape = len(small.lengths), max(small.lengths)
     mask = np.arange(shape[1])[None] < np.array(small.lengths)[:, None]
-    ids = rng.integers(1, small.config.vocab_size, shape) * mask
+    padding = getattr(small.config, "pad_token_id", 0)
+    ids = rng.integers(1, small.config.vocab_size, shape)
+    ids = np.where(mask, np.where(ids == padding, 0, ids), padding)
     types = rng.integers(0, small.config.type_vocab_size, shape) * mask
     regression = small.num_labels == 1
     labels = rng.normal(size=shape[0]) if regression else rng.integers(0, small.num_labels, shape[0])
     return {
-        "input_ids": jnp.asarray(ids, jnp.int32),
-        "token_type_ids": jnp.asarray(types, jnp.int32),
-        "attention_mask": jnp.asarray(mask, jnp.int32),
-        "labels": jnp.asarray(labels, jnp.float32 if regression else jnp.int32),
+        "input_ids": ids.astype(np.int32),
+        "token_type_ids": types.astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "labels": labels.astype(dtype if regression else np.int32),
     }
 
 
@@ -75,24 +107,40 @@ TEXTS = [
 ]
 
 
-def minilm_head(num_labels: int, width: int) -> dict[str, jax.Array]:
+def minilm_head(num_labels: int, width: int) -> dict[str, np.ndarray]:
     """A head by formula, so that golden logits of a checkpoint without one can be stored."""
     i, j = np.meshgrid(np.arange(width), np.arange(num_labels), indexing="ij")
     kernel = np.cos(0.7 * i + 1.3 * j).astype(np.float32)
-    return {"classifier.kernel": jnp.asarray(kernel), "classifier.bias": jnp.arange(num_labels, dtype=jnp.float32)}
+    return {"classifier.kernel": kernel, "classifier.bias": np.arange(num_labels, dtype=np.float32)}
 
 
-def minilm_batch(tokenizer: Any) -> dict[str, jax.Array]:
-    """The four texts, two of them pairs, padded to the longest."""
-    first, second = zip(*TEXTS, strict=True)
-    rows = [tokenizer(a, b) if b else tokenizer(a) for a, b in zip(first, second, strict=True)]
+def texts_batch(tokenizer: Any) -> dict[str, np.ndarray]:
+    """The four texts, two of them pairs, padded to the longest; types 0 where the tokenizer has none."""
+    rows = [tokenizer(a, b) if b else tokenizer(a) for a, b in TEXTS]
     length = max(len(row["input_ids"]) for row in rows)
-    names = ("input_ids", "token_type_ids", "attention_mask")
-    padded = {name: [row[name] + [0] * (length - len(row[name])) for row in rows] for name in names}
-    return {name: jnp.asarray(value, jnp.int32) for name, value in padded.items()}
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0, "attention_mask": 0}
+    found = {}
+    for name, padding in fill.items():
+        columns = [row[name] if name in row else [0] * len(row["input_ids"]) for row in rows]
+        found[name] = np.array([column + [padding] * (length - len(column)) for column in columns], np.int32)
+    return found
 
 
-def loss_of(apply: Any, batch: dict[str, jax.Array], **options: Any) -> Any:
+def equations(program: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of the jaxprs within it too."""
+    for equation in getattr(program, "jaxpr", program).eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from equations(value)
+
+
+def num_products(program: Any) -> int:
+    """Matrix products in a jaxpr."""
+    return sum(equation.primitive.name == "dot_general" for equation in equations(program))
+
+
+def loss_of(apply: Any, batch: dict[str, Any], **options: Any) -> Any:
     """Mean loss of the batch as a function of the parameters: cross entropy, or squared error for one output."""
 
     def loss(params: dict[str, jax.Array]) -> jax.Array:

@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 from small_models import SMALL, batch_of, build, loss_of
 
-from agwm_jax import partition
-from agwm_jax.data.tasks import Task
-from agwm_jax.engine.lanes import each_lane
-from agwm_jax.methods import Weights
 from agwm_jax.models.attention import fused_attention, fused_refusal
-from agwm_jax.models.huggingface import Pretrained
-from agwm_jax.runs import evaluate
-from agwm_jax.runs.build import build_method, build_model
-from agwm_jax.settings.config import load_config
 
 SUITABLE = {"dtype": jnp.bfloat16, "head_width": 64, "length": 128, "dropout": False}
 LANES = 2
-TASK = Task("test", "classification", ("a", "b", "c"), False, ("accuracy",), "validation", {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,12 +54,12 @@ def small(rate: float = 0.0):
 )
 def test_both_kernels_are_one_function(fused_on_cpu, monkeypatch, pooling, dtype, tolerance):
     monkeypatch.setattr("agwm_jax.models.attention._DTYPES", ("bfloat16", "float32"))
-    apply, params = build(small(), pooling=pooling, dtype=jnp.dtype(dtype))
+    model, params = build(small(), pooling=pooling, dtype=jnp.dtype(dtype))
     batch = batch_of(small())
 
     def outputs(**options):
-        logits = jax.jit(lambda params: apply(params, batch, **options))(params)
-        return {"logits": logits, **jax.jit(jax.grad(loss_of(apply, batch, **options)))(params)}
+        logits = jax.jit(lambda params: model.apply(params, batch, **options))(params)
+        return {"logits": logits, **jax.jit(jax.grad(loss_of(model.apply, batch, **options)))(params)}
 
     plain = outputs()
     assert fused_on_cpu == []
@@ -80,16 +71,16 @@ def test_both_kernels_are_one_function(fused_on_cpu, monkeypatch, pooling, dtype
 
 
 def test_a_row_of_padding_alone_stays_finite_and_disturbs_no_other(fused_on_cpu):
-    apply, params = build(small(), pooling="mean", dtype=jnp.bfloat16)
+    model, params = build(small(), pooling="mean", dtype=jnp.bfloat16)
     batch = batch_of(small())
 
     @jax.jit
     def outputs(mask):
         own = batch | {"attention_mask": mask}
-        logits = apply(params, own, reverse_only=True)
-        return logits, jax.grad(loss_of(apply, own, reverse_only=True))(params)
+        logits = model.apply(params, own, reverse_only=True)
+        return logits, jax.grad(loss_of(model.apply, own, reverse_only=True))(params)
 
-    mask = batch["attention_mask"]
+    mask = jnp.asarray(batch["attention_mask"])
     (logits, gradient), (whole, _) = outputs(mask.at[1].set(0)), outputs(mask)
     assert jnp.array_equal(logits[::2], whole[::2])
     assert all(bool(jnp.isfinite(value).all()) for value in (logits, *gradient.values()))
@@ -106,12 +97,12 @@ def test_no_text_is_empty_to_the_kernel(fused_on_cpu):
 
 def test_lanes_that_share_their_batch(fused_on_cpu):
     """The fused kernel is mapped over lanes with all of its operands, or jax refuses."""
-    apply, params = build(small(), dtype=jnp.bfloat16)
+    model, params = build(small(), dtype=jnp.bfloat16)
     batch = batch_of(small())
     many = {path: jnp.stack([value, 0.5 * value]) for path, value in params.items()}
 
     def logits(params):
-        return apply(params, batch, reverse_only=True)
+        return model.apply(params, batch, reverse_only=True)
 
     np.testing.assert_allclose(jax.jit(jax.vmap(logits))(many)[0], jax.jit(logits)(params), rtol=0, atol=0.03)
     assert fused_on_cpu
@@ -120,14 +111,14 @@ def test_lanes_that_share_their_batch(fused_on_cpu):
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_a_gpu_would_run(gpu, shared):
     """Lowered for CUDA: the calls of cuDNN are in the program, mapped over lanes and differentiated."""
-    apply, params = build(small(), dtype=jnp.bfloat16)
+    model, params = build(small(), dtype=jnp.bfloat16)
     many = {path: jnp.stack([value] * LANES) for path, value in params.items()}
     batch = batch_of(small())
     batch = batch if shared else jax.tree.map(lambda x: jnp.stack([x] * LANES), batch)
 
     def text(**options):
         def each(params, batch):
-            return jax.grad(lambda params: loss_of(apply, batch, **options)(params))(params)
+            return jax.grad(lambda params: loss_of(model.apply, batch, **options)(params))(params)
 
         step = jax.jit(jax.vmap(each, in_axes=(0, None if shared else 0)))
         return step.trace(many, batch).lower(lowering_platforms=("cuda",)).as_text()
@@ -172,87 +163,14 @@ def test_a_mesh_of_several_devices_is_not_fused(gpu, monkeypatch):
 
 
 def test_a_call_without_a_key_drops_nothing(fused_on_cpu):
-    apply, params = build(small(rate=0.1), dtype=jnp.bfloat16)
-    jax.eval_shape(lambda: apply(params, batch_of(small()), key=jax.random.key(0), reverse_only=True))
+    model, params = build(small(rate=0.1), dtype=jnp.bfloat16)
+    jax.eval_shape(lambda: model.apply(params, batch_of(small()), key=jax.random.key(0), reverse_only=True))
     assert fused_on_cpu == []
-    jax.eval_shape(lambda: apply(params, batch_of(small()), reverse_only=True))
+    jax.eval_shape(lambda: model.apply(params, batch_of(small()), reverse_only=True))
     assert fused_on_cpu
 
 
 def test_it_can_be_turned_off(fused_on_cpu):
-    apply, params = build(small(), dtype=jnp.bfloat16, fuse_attention=False)
-    jax.eval_shape(lambda: apply(params, batch_of(small()), reverse_only=True))
+    model, params = build(small(), dtype=jnp.bfloat16, fuse_attention=False)
+    jax.eval_shape(lambda: model.apply(params, batch_of(small()), reverse_only=True))
     assert fused_on_cpu == []
-
-
-@pytest.mark.parametrize("setting", ["true", "false"])
-def test_the_setting_reaches_the_model(gpu, setting):
-    config = load_config(None, ["--model.dtype=bfloat16", f"--model.fuse_attention={setting}"])
-    pretrained = build_model(config, TASK)
-    batch = {name: jnp.ones((2, 8), jnp.int32) for name in ("input_ids", "token_type_ids", "attention_mask")}
-    program = jax.make_jaxpr(lambda params: pretrained.apply(params, batch, reverse_only=True))(pretrained.params)
-    assert is_fused(str(program)) == (setting == "true")
-
-
-ESTIMATORS = {  # settings, and whether the search may run the fused kernel
-    "first_order": ({}, True),
-    "finite_difference": ({"precondition": "true"}, True),
-    "penalty": ({"weight": "10"}, True),
-    "unrolled": ({}, False),
-    "unrolled, jvp": ({"hvp": "jvp"}, False),
-    "unrolled, finite_difference": ({"hvp": "finite_difference"}, True),
-    "neumann": ({}, False),
-    "neumann, finite_difference": ({"hvp": "finite_difference"}, True),
-    "neumann, gauss_newton": ({"curvature": "gauss_newton"}, False),
-    "neumann, gauss_newton, finite_difference": ({"curvature": "gauss_newton", "hvp": "finite_difference"}, True),
-}
-
-
-def phases(name: str, **options: str) -> dict[str, str]:
-    """The traced step of every phase of a method that is built from settings."""
-    words = [f"--{path}={value}" for path, value in options.items()]
-    config = load_config(None, [f"--method={name}", "--data.batch_size=2", *words])
-    apply, params = build(small(), dtype=jnp.bfloat16)
-    pretrained = Pretrained(apply, params, None, small().config, (), "cls", True, {}, "")
-    parts = partition(params, mixed=config.mixup.mixed)
-    method = build_method(config, TASK, pretrained, parts.mixed, num_examples=10)
-    weights = Weights(parts.task, method.init_alpha(jax.random.key(0), parts))
-    one = batch_of(small()) | {"weight": jnp.ones(3)}
-    batches = {"train": one, "inner": jax.tree.map(lambda x: x[None], one), "outer": one}
-
-    def traced(phase) -> str:
-        state = jax.eval_shape(phase.start, parts.frozen, weights, weights)
-        lanes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((LANES, *x.shape), x.dtype), (state, batches))
-        step = each_lane(phase.step, (0, None, 0), LANES)
-        return str(jax.make_jaxpr(step)(lanes[0], parts.frozen, lanes[1]))
-
-    return {phase.name: traced(phase) for phase in method.phases}
-
-
-def is_fused(program: str) -> bool:
-    return "dot_product_attention_fwd" in program
-
-
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_a_search_is_fused_unless_it_takes_products(gpu, monkeypatch, name):
-    settings, fused = ESTIMATORS[name]
-    options = {f"hypergradient.{key}": value for key, value in settings.items()}
-    options |= {"hypergradient.estimator": name.split(",")[0], "search.anchor": "0.1"}
-    programs = phases("agwm", **options)
-    assert {phase: is_fused(program) for phase, program in programs.items()} == {"search-0": fused, "finetune": True}
-    if not fused:  # the fused kernel would refuse: jax has no forward-mode rule for it
-        monkeypatch.setattr("agwm_jax.runs.build._takes_products", lambda config: False)
-        with pytest.raises((TypeError, NotImplementedError), match=r"forward-mode|Differentiation rule"):
-            phases("agwm", **options)
-
-
-@pytest.mark.parametrize("name", ["vanilla", "frozen_alpha"])
-def test_methods_without_a_search_are_fused(gpu, name):
-    assert is_fused(phases(name)["finetune"])
-
-
-def test_predictions_are_fused(gpu):
-    apply, params = build(small(rate=0.1), dtype=jnp.bfloat16)
-    batch = {key: value for key, value in batch_of(small()).items() if key != "labels"}
-    trace = jax.make_jaxpr(evaluate._batch_logits, static_argnums=(0, 1))
-    assert is_fused(str(trace(apply, None, params, batch)))

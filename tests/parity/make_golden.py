@@ -1,4 +1,4 @@
-"""Writes tests/models/golden.json, the logits that `make test` holds the model to without PyTorch.
+"""Writes tests/models/golden.json, the logits that `make test` holds the models to without PyTorch.
 
 After `make parity`, which installs torch, from the repository's root:
     PYTHONPATH=tests/models:.venv/parity .venv/bin/python tests/parity/make_golden.py
@@ -7,8 +7,10 @@ After `make parity`, which installs torch, from the repository's root:
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 from reference import torch_logits, torch_model
-from small_models import SMALL, batch_of, build, minilm_batch, minilm_head
+from small_models import RANDOM, SMALL, Small, batch_of, build, minilm_head, texts_batch
 
 from agwm_jax.models.huggingface import load_pretrained
 
@@ -16,16 +18,22 @@ GOLDEN = Path(__file__).parents[1] / "models" / "golden.json"
 
 
 def golden() -> dict[str, list[list[float]]]:
-    """Name of the model -> logits [b, c] by transformers in PyTorch, float32."""
-    logits = {}
-    for name, small in SMALL.items():
-        _, params = build(small)
-        logits[name] = torch_logits(torch_model(small.config, params), batch_of(small))
+    """Name of the model -> logits [b, c] by transformers in PyTorch: random models in float64, others in float32."""
+
+    def logits(small: Small, dtype: type) -> np.ndarray:
+        with jax.enable_x64(dtype == np.float64):
+            _, params = build(small, dtype=dtype)
+        return torch_logits(torch_model(small.of, small.config, params), batch_of(small))
+
+    single = {name: logits(small, np.float32) for name, small in SMALL.items()}
     minilm = load_pretrained("minilm", num_labels=3)
     params = minilm.params | minilm_head(3, minilm.config.hidden_size)
-    logits["minilm"] = torch_logits(torch_model(minilm.config, params), minilm_batch(minilm.tokenizer))
-    return {name: [[float(f"{x:.7g}") for x in row] for row in value] for name, value in logits.items()}
+    model = torch_model(minilm.family, minilm.config, params)
+    single["minilm"] = torch_logits(model, texts_batch(minilm.tokenizer))
+    found = {name: [[float(f"{x:.7g}") for x in row] for row in value] for name, value in single.items()}
+    return found | {name: logits(small, np.float64).tolist() for name, small in RANDOM.items()}
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n", encoding="utf-8")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(logits)}" for name, logits in golden().items())
+    GOLDEN.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")

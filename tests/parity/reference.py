@@ -1,39 +1,38 @@
-"""The PyTorch side: transformers' BERT with given parameters, its logits and its gradients."""
+"""The PyTorch side: transformers' models with given parameters, their logits and their gradients."""
 
-import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 import transformers
 
-from agwm_jax.models.bert import BertConfig
+from agwm_jax.models.family import Family
 from agwm_jax.models.safetensors import to_tensors
 
 
-def torch_model(config: BertConfig, params: dict[str, jax.Array]) -> Any:
-    """BertForSequenceClassification in float32 with plain attention, holding `params`."""
-    num_labels = params["classifier.bias"].shape[0]
-    hf_config = transformers.BertConfig(
-        **dataclasses.asdict(config), num_labels=num_labels, attn_implementation="eager", pad_token_id=0
-    )
-    model = transformers.BertForSequenceClassification(hf_config).eval()
-    model.load_state_dict({name: torch.tensor(tensor) for name, tensor in to_tensors(params).items()}, strict=True)
+def torch_model(family: Family, config: Any, params: dict[str, Any]) -> Any:
+    """Transformers' classifier with plain attention, holding `params` in their dtype."""
+    values = {"pad_token_id": 0, "num_labels": params["classifier.bias"].shape[0]} | config.to_dict()
+    hf_config = transformers.AutoConfig.for_model(next(iter(family.model_types)), **values)
+    hf_config._attn_implementation = "eager"
+    model = transformers.AutoModelForSequenceClassification.from_config(hf_config).eval()
+    tensors = to_tensors(params, family, family.table(config))
+    model = model.to(torch.float64 if params["classifier.bias"].dtype == np.float64 else torch.float32)
+    model.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()}, strict=True)
     return model
 
 
-def torch_inputs(batch: dict[str, jax.Array]) -> dict[str, torch.Tensor]:
+def torch_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
     names = ("input_ids", "token_type_ids", "attention_mask")
     return {name: torch.tensor(np.asarray(batch[name]), dtype=torch.long) for name in names}
 
 
-def torch_logits(model: Any, batch: dict[str, jax.Array]) -> np.ndarray:
+def torch_logits(model: Any, batch: dict[str, Any]) -> np.ndarray:
     with torch.no_grad():
         return model(**torch_inputs(batch)).logits.numpy()
 
 
-def torch_gradients(model: Any, batch: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+def torch_gradients(model: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
     """Name in the file -> gradient of transformers' own loss."""
     labels = torch.tensor(np.asarray(batch["labels"]))
     labels = labels if labels.is_floating_point() else labels.long()

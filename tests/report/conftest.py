@@ -11,12 +11,18 @@ import yaml
 from safetensors.numpy import save_file
 
 MODULES = ("query", "key", "value", "attention_output", "intermediate", "output")
+WEIGHTS = [*(f"encoder.layers.{module}.kernel" for module in MODULES), "pooler.kernel"]
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "frozen_alpha": {"mixup": {"rank": 1}},
+    "agwm": {"mixup": {"rank": 1}, "search": {"anchor": 0.0}},
+}
 PHENOMENA = ("subject_verb", "reflexive", "determiner_noun", "polarity")
 
 
-def write_alpha(
-    folder: Path, rng: np.random.Generator, *, moved: float, rank: int | str = 1, layers: int = 6, width: int = 48
-) -> None:
+def alpha_tensors(
+    rng: np.random.Generator, *, moved: float, rank: int | str = 1, layers: int = 6, width: int = 48
+) -> dict[str, np.ndarray]:
     """Factors near 1 of which later layers and value-like modules were lowered by about `moved`."""
     tensors = {}
     for index, module in enumerate((*MODULES, "pooler")):
@@ -31,16 +37,15 @@ def write_alpha(
                 + 0.005 * rng.standard_normal((*shape, d_in, d_out))
                 - push * rng.exponential(size=(*shape, d_in, d_out))
             )
-            tensors[f"{path}.full"] = np.clip(full, 0, 1).astype(np.float32)
+            tensors[f"alpha/{path}"] = np.clip(full, 0, 1).astype(np.float32)
             continue
         left = 1 + 0.005 * rng.standard_normal((*shape, d_in, rank)) - push * rng.exponential(size=(*shape, d_in, rank))
         right = (
             1 + 0.005 * rng.standard_normal((*shape, rank, d_out)) - push * rng.exponential(size=(*shape, rank, d_out))
         )
-        tensors[f"{path}.left"] = np.clip(left, 0, 1).astype(np.float32)
-        tensors[f"{path}.right"] = np.clip(right, 0, 1).astype(np.float32)
-    metadata = {"format": "agwm_jax.alpha.v1", "complement": "convex", "rank": str(rank)}
-    save_file(tensors, folder / "alpha.safetensors", metadata=metadata)
+        tensors[f"alpha/{path}/left"] = np.clip(left, 0, 1).astype(np.float32)
+        tensors[f"alpha/{path}/right"] = np.clip(right, 0, 1).astype(np.float32)
+    return tensors
 
 
 def phase_lines(
@@ -101,9 +106,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         config: dict[str, Any] = {
             "task": {"source": task, "train_size": train_size},
             "model": {"path": "minilm"},
-            "method": {"name": method},
-            "mixup": {"rank": 1},
-            "search": {"num_splits": num_splits},
+            "method": {"name": method, **METHOD_SETTINGS[method]},
             "finetune": {"epochs": 3, "optimizer": {"learning_rate": 1e-4}},
             "run": {"seed": seed, "output": str(folder)},
         }
@@ -118,8 +121,10 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
         else:
             lines += phase_lines("finetune", steps, rng, start=0.7, end=0.3, search=False)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        tensors = {"task/pooler.bias": np.zeros(4, np.float32)}
         if method != "vanilla":
-            write_alpha(folder, rng, moved=moved if method == "agwm" else 0.0, **alpha)
+            tensors |= alpha_tensors(rng, moved=moved if method == "agwm" else 0.0, **alpha)
+        save_file(tensors, folder / "variables.safetensors", metadata={"weights": json.dumps(WEIGHTS)})
         if not finished:
             return folder
         seconds = {"search-0": 31.5, "finetune": 12.25, "compile": 8.0, "evaluate": 3.0, "total": 55.5}

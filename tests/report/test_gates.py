@@ -13,13 +13,13 @@ from agwm_jax.report.runs import read_run
 def test_mean_per_layer_and_histogram(write_run, rank):
     folder = write_run("agwm", 0, rank=rank, layers=3, width=16, moved=0.3)
     gates = read_gates(read_run(folder))
-    tensors = load_file(folder / "alpha.safetensors")
+    tensors = load_file(folder / "variables.safetensors")
     matrices = {}
     for key, value in tensors.items():
-        path, _, kind = key.rpartition(".")
-        if kind == "left":
-            matrices[path] = value @ tensors[f"{path}.right"] / rank
-        elif kind == "full":
+        collection, path, *factor = key.split("/")
+        if factor == ["left"]:
+            matrices[path] = value @ tensors[f"alpha/{path}/right"] / rank
+        elif collection == "alpha" and not factor:
             matrices[path] = value
     assert list(gates.layers) == ["query", "key", "value", "attention_output", "intermediate", "output"]
     for name, means in gates.layers.items():
@@ -45,16 +45,13 @@ def test_no_alpha(write_run):
 
 def test_damaged_alpha_is_named(write_run):
     folder = write_run("agwm", 0)
-    path = folder / "alpha.safetensors"
+    path = folder / "variables.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(AgwmError, match=r"alpha\.safetensors is not a readable alpha file"):
+    with pytest.raises(AgwmError, match=r"variables\.safetensors cannot be read"):
         read_gates(read_run(folder))
-    save_file({"pooler.kernel.left": np.ones((4, 1), np.float32)}, path)
-    with pytest.raises(AgwmError, match=r"not a readable alpha file.*pooler\.kernel\.right"):
+    save_file({"alpha/pooler.kernel/left": np.ones((4, 1), np.float32)}, path)
+    with pytest.raises(AgwmError, match=r"cannot be read.*pooler\.kernel/right"):
         read_gates(read_run(folder))
-    save_file({"pooler.kernel.right": np.ones((1, 4), np.float32)}, path)
-    with pytest.raises(AgwmError, match=r"not a readable alpha file.*pooler\.kernel\.left"):
-        read_gates(read_run(folder))
-    save_file({"other": np.ones(3, np.float32)}, path)
-    with pytest.raises(AgwmError, match="holds no alpha at all"):
+    save_file({"alpha/pooler.kernel/right": np.ones((1, 4), np.float32)}, path)
+    with pytest.raises(AgwmError, match=r"cannot be read.*pooler\.kernel"):
         read_gates(read_run(folder))

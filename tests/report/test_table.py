@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from agwm_jax.report.groups import collect
+from agwm_jax.report.comparisons import collect
 from agwm_jax.report.table import groups_table, paired_difference, results_csv, results_table, summarize
 
 
@@ -50,49 +50,53 @@ def test_summary_and_table(write_run, tmp_path):
     for seed, (plain, mixed) in enumerate([(0.70, 0.73), (0.72, 0.74), (0.74, 0.78)]):
         write_run("vanilla", seed, plain)
         write_run(
-            "agwm", seed, mixed, num_splits=2, result={"seconds": {"search-0": 10.0, "search-1": 20.0, "total": 50.0}}
+            "agwm",
+            seed,
+            mixed,
+            num_splits=2,
+            result={"seconds": {"search-0": 10.0, "search-1": 20.0, "finetune": 12.0, "total": 50.0}},
         )
-    (group,) = collect([tmp_path]).groups
-    vanilla, agwm = summarize(group)
+    (comparison,) = collect([tmp_path]).comparisons
+    vanilla, agwm = summarize(comparison)
     assert (vanilla.method, vanilla.n, vanilla.difference) == ("vanilla", 3, None)
     assert vanilla.mean == pytest.approx(0.72)
     assert vanilla.std == pytest.approx(0.02)  # ddof = 1
     assert agwm.difference is not None
     assert agwm.difference.mean == pytest.approx(0.03)
     assert agwm.seconds["search"] == pytest.approx(30.0)  # all splits
-    assert math.isnan(agwm.seconds["finetune"])
-    lines = results_table(group).splitlines()
+    assert vanilla.seconds == {"finetune": pytest.approx(12.25)}
+    lines = results_table(comparison).splitlines()
     assert lines[2] == "| vanilla | 72.00 | 2.00 | 3 | - | - | 12.2 | 55.5 | 1.50 GiB |"
-    assert lines[3] == "| agwm | 75.00 | 2.65 | 3 | +3.00 [+2.00, +4.00], n = 3 | 30.0 | - | 50.0 | 1.50 GiB |"
-    assert "interval" not in results_table(group)
+    assert lines[3] == "| agwm | 75.00 | 2.65 | 3 | +3.00 [+2.00, +4.00], n = 3 | 30.0 | 12.0 | 50.0 | 1.50 GiB |"
+    assert "interval" not in results_table(comparison)
 
 
 def test_two_seeds_say_why_there_is_no_interval(write_run, tmp_path):
     for seed in range(2):
         write_run("vanilla", seed, 0.7)
         write_run("agwm", seed, 0.71)
-    (group,) = collect([tmp_path]).groups
-    assert "+1.00, interval n/a (n < 3)" in results_table(group)
+    (comparison,) = collect([tmp_path]).comparisons
+    assert "+1.00, interval n/a (n < 3)" in results_table(comparison)
 
 
 def test_one_seed_has_no_standard_deviation(write_run, tmp_path):
     write_run("vanilla", 0, 0.7)
-    (group,) = collect([tmp_path]).groups
-    assert results_table(group).splitlines()[2].startswith("| vanilla | 70.00 | - | 1 | - |")
+    (comparison,) = collect([tmp_path]).comparisons
+    assert results_table(comparison).splitlines()[2].startswith("| vanilla | 70.00 | - | 1 | - |")
 
 
 def test_a_method_without_vanilla_says_so(write_run, tmp_path):
     write_run("agwm", 0, 0.7)
-    (group,) = collect([tmp_path]).groups
-    assert "n/a (no vanilla run to pair with)" in results_table(group)
+    (comparison,) = collect([tmp_path]).comparisons
+    assert "n/a (no vanilla run to pair with)" in results_table(comparison)
 
 
 def test_groups_table(write_run, tmp_path):
     for seed in range(2):
         write_run("vanilla", seed, 0.6 + 0.02 * seed, groups=True)
     write_run("agwm", 0, 0.7)  # a run without groups
-    (group,) = collect([tmp_path]).groups
-    lines = groups_table(group).splitlines()
+    (comparison,) = collect([tmp_path]).comparisons
+    lines = groups_table(comparison).splitlines()
     assert lines[0] == "| accuracy, points | vanilla | agwm |"
     assert "| subject verb | 61.0 ± 1.4 | - |" in lines
     assert len(lines) == 2 + 4
@@ -100,7 +104,7 @@ def test_groups_table(write_run, tmp_path):
 
 def test_no_groups_no_table(write_run, tmp_path):
     write_run("vanilla", 0)
-    assert groups_table(collect([tmp_path]).groups[0]) == ""
+    assert groups_table(collect([tmp_path]).comparisons[0]) == ""
 
 
 def test_csv_has_one_row_a_run_with_raw_numbers(write_run, tmp_path):

@@ -95,8 +95,11 @@ CASES = {
     "too long": (lambda f, s: s.update({"data.max_length": 64}), ["data.max_length", "64", "40"]),
     "no model": (lambda f, s: s.update({"model": "./nowhere"}), ["nowhere"]),
     "hub model": (lambda f, s: s.update({"model": "bert-base-uncased"}), ["bert-base-uncased", "local folder"]),
-    "pattern": (lambda f, s: s.update({"mixup.mixed": "nothing"}), ["`mixed` = 'nothing' matches none"]),
-    "setting": (lambda f, s: s.update({"search.epoch": 1}), ["search.epoch", "did you mean search.epochs?"]),
+    "pattern": (lambda f, s: s.update({"method.mixup.mixed": "nothing"}), ["method.mixup.mixed 'nothing' matches no"]),
+    "setting": (
+        lambda f, s: s.update({"method.search.epoch": 1}),
+        ["method.search.epoch", "did you mean method.search.epochs?"],
+    ),
     "output is a file": (lambda f, s: (f / "run").write_text("x"), ["run"]),
 }
 

@@ -7,9 +7,7 @@ import optax
 from agwm_jax.core import trees
 from agwm_jax.core.adjoint import cotangent_of, update_vjp
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
-from agwm_jax.core.inner import InnerSolve, InnerState
 from agwm_jax.core.precision import precise
-from agwm_jax.core.types import Batch, Problem, Vector
 from agwm_jax.errors import AgwmError
 
 
@@ -47,23 +45,15 @@ def finite_difference(*, radius: float = 0.1, step_size: float = 1.0, preconditi
             "leave step_size out."
         )
 
-    def estimate(
-        problem: Problem,
-        solve: InnerSolve,
-        inner: InnerState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        state,
-    ) -> Estimate:
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
         early, last = (jax.tree.map(lambda x, part=part: x[part], inner_batches) for part in (slice(-1), -1))
         inner, early_losses = solve.run(problem.inner_loss, inner, outer, early)
         loss, grads = jax.value_and_grad(problem.inner_loss)(inner.params, outer, last)
         after = inner if solve.update is None else solve.update(inner, grads)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
         if precondition:
-            update = solve.step("finite_difference(precondition=True)")
-            x = trees.scale(-1, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
+            update = solve.require_update("finite_difference(precondition=True)")
+            x = trees.scale(-1.0, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
         else:
             x = trees.scale(step_size, v)
         e = radius / trees.divisor(trees.norm(x))  # where x = 0 the response is 0, not 0 / 0

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
-from agwm_jax.core.inner import InnerSolve, InnerState
-from agwm_jax.core.types import Batch, Problem, Vector
 
 
 @ESTIMATORS.register("first_order", cost="k + 1", paper="arXiv 1806.09055")
@@ -16,15 +14,7 @@ def first_order() -> Estimator:
     blind to the inner response. The first-order variant of DARTS (Liu et al. 2019, arXiv 1806.09055).
     """
 
-    def estimate(
-        problem: Problem,
-        solve: InnerSolve,
-        inner: InnerState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        state,
-    ) -> Estimate:
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
         inner, losses = solve.run(problem.inner_loss, inner, outer, inner_batches)
         value, hypergradient = jax.value_and_grad(problem.outer_loss, argnums=1)(inner.params, outer, outer_batch)
         return Estimate(hypergradient, inner, state, {"inner_loss": jnp.mean(losses), "outer_loss": value})

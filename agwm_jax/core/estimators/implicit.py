@@ -11,9 +11,9 @@ from agwm_jax.core import curvature as curvatures
 from agwm_jax.core import trees
 from agwm_jax.core.curvature import Curvature, Hvp
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
-from agwm_jax.core.inner import InnerSolve, InnerState
+from agwm_jax.core.inner import InnerState
 from agwm_jax.core.solvers.base import SOLVERS, LinearSolver
-from agwm_jax.core.types import Batch, Loss, Problem, Vector
+from agwm_jax.core.types import Batch, Loss, Vector
 from agwm_jax.errors import AgwmError
 
 Product = Callable[[Vector], Vector]
@@ -81,15 +81,7 @@ def implicit(
             "use hvp='jvp' or 'finite_difference'."
         )
 
-    def estimate(
-        problem: Problem,
-        solve: InnerSolve,
-        inner: InnerState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        state,
-    ) -> Estimate:
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
         inner, losses = solve.run(problem.inner_loss, inner, outer, inner_batches)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(inner.params, outer, outer_batch)
         w = trees.after(inner.params, v)

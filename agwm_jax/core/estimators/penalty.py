@@ -9,9 +9,9 @@ from jaxtyping import Array, Int
 
 from agwm_jax.core import trees
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
-from agwm_jax.core.inner import InnerSolve, InnerState
+from agwm_jax.core.inner import InnerState
 from agwm_jax.core.precision import precise
-from agwm_jax.core.types import Batch, Problem, Scalar, Vector
+from agwm_jax.core.types import Scalar, Vector
 from agwm_jax.errors import AgwmError
 
 
@@ -37,14 +37,16 @@ def penalty(*, weight: float = 10.0, growth: float = 0.0) -> Estimator:
     and of a second inner state. The choice where second-order products are out of reach and the inner problem is
     followed closely: the response is lambda times a difference of gradients, which is noise where y and z have drifted
     apart for other reasons (an optimiser by signs, a lambda that is too large for the dtype: the relative error of a
-    gradient is multiplied by lambda). `outer_loss` in info is that of y; info also has ``penalty_weight``.
+    gradient is multiplied by lambda); so both are taken at full matrix precision, and below float32 it is refused.
+    `outer_loss` in info is that of y; info also has ``penalty_weight``.
 
     Args:
         weight: lambda at the start, above 0.
         growth: added to lambda at every outer step, 0 or more.
 
     Raises:
-        AgwmError: a weight that is not above 0, or a negative growth.
+        AgwmError: a weight that is not above 0, or a negative growth; at the first trace, an inner loss that computes
+            in less than float32, or a solve without steps.
     """
     if not weight > 0:
         raise AgwmError(f"penalty(weight={weight}): expected a weight above 0.")
@@ -54,16 +56,9 @@ def penalty(*, weight: float = 10.0, growth: float = 0.0) -> Estimator:
     def strength(num_steps: Int[Array, ""]) -> Scalar:
         return weight + growth * num_steps.astype(jnp.result_type(float))
 
-    def copy_steps(
-        problem: Problem,
-        solve: InnerSolve,
-        state: PenaltyState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-    ) -> PenaltyState:
+    def copy_steps(problem, solve, state: PenaltyState, outer, inner_batches, outer_batch) -> PenaltyState:
         """As many steps of y on ``f + g / lambda``, the two gradients one after the other."""
-        update = solve.step("penalty")
+        update = solve.require_update("penalty")
         share = 1 / strength(state.num_steps)
 
         def step(copy: InnerState, batch):
@@ -74,15 +69,7 @@ def penalty(*, weight: float = 10.0, growth: float = 0.0) -> Estimator:
         copy, _ = jax.lax.scan(step, state.copy, inner_batches)
         return PenaltyState(copy, state.num_steps + 1)
 
-    def estimate(
-        problem: Problem,
-        solve: InnerSolve,
-        inner: InnerState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        state: PenaltyState,
-    ) -> Estimate:
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
         inner, losses = solve.run(problem.inner_loss, inner, outer, inner_batches)
         after = copy_steps(problem, solve, state, outer, inner_batches, outer_batch)
         y, last = after.copy.params, jax.tree.map(lambda x: x[-1], inner_batches)

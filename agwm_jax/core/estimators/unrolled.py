@@ -10,8 +10,7 @@ from agwm_jax.core import curvature
 from agwm_jax.core.adjoint import cotangent_of, update_vjp
 from agwm_jax.core.curvature import Hvp
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
-from agwm_jax.core.inner import InnerSolve, InnerState
-from agwm_jax.core.types import Batch, Problem, Vector
+from agwm_jax.core.inner import InnerState
 from agwm_jax.errors import AgwmError
 
 
@@ -56,16 +55,8 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
         raise AgwmError(f"unrolled(num_steps={num_steps}): expected 1 step or more.")
     curvature.check("unrolled", hvp)
 
-    def estimate(
-        problem: Problem,
-        solve: InnerSolve,
-        inner: InnerState,
-        outer: Vector,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        state,
-    ) -> Estimate:
-        update = solve.step("unrolled")
+    def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
+        update = solve.require_update("unrolled")
         total = jax.tree.leaves(inner_batches)[0].shape[0]
         _fits(num_steps, total)
         first = 0 if num_steps is None else total - num_steps

@@ -1,0 +1,143 @@
+"""Problems whose hypergradient is known, and the error of every estimator on them against its cost."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from agwm_jax import hypergrad, linear_solve
+from agwm_jax.core.bilevel import hypergradient
+from agwm_jax.core.estimators.base import Estimator
+from agwm_jax.core.inner import InnerState, inner_steps
+from agwm_jax.core.mixup import mixup_problem
+from agwm_jax.core.partition import partition
+from agwm_jax.core.types import Composite, Problem
+
+TERMS = (1, 2, 5, 10, 20, 50, 100)
+INNER_STEPS = 100  # that solve the inner problem
+
+
+class Analytic(NamedTuple):
+    """A bi-level problem with where it is solved and how."""
+
+    problem: Problem
+    start: Any
+    outer: Any
+    step_size: float
+    """Of gradient descent on the inner problem: 1 / (largest eigenvalue)."""
+    rank: int
+    """Number of inner entries, the largest rank of a sketch."""
+
+
+def logistic_regression(n: int = 500, d: int = 20, seed: int = 0) -> Analytic:
+    """L2 strength of every feature (its logarithm) by the loss of a validation set; n examples on either side."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=d) * (rng.random(d) < 0.5)
+    x, x_val = rng.normal(size=(2, n, d))
+    y, y_val = (np.sign(features @ truth + rng.normal(size=n)) for features in (x, x_val))
+
+    def outputs(w, log_l2, _):
+        return y * (x @ w), jnp.exp(log_l2 / 2) * w
+
+    def criterion(z, _):
+        return jnp.mean(jax.nn.softplus(-z[0])) + 0.5 * jnp.sum(z[1] ** 2)
+
+    def outer_loss(w, log_l2, _):
+        return jnp.mean(jax.nn.softplus(-y_val * (x_val @ w)))
+
+    outer = np.full(d, np.log(0.02)) + 0.5 * rng.normal(size=d)
+    largest = np.linalg.eigvalsh(x.T @ x / (4 * n)).max() + np.exp(outer).max()
+    return Analytic(Problem(Composite(outputs, criterion), outer_loss), np.zeros(d), outer, 1 / largest, d)
+
+
+def anchored_mixup(n: int = 60, shape: tuple[int, int] = (10, 2), anchor: float = 0.1, seed: int = 0) -> Analytic:
+    """Weight mixup of a linear model with squared loss and an anchor, alpha of rank 1."""
+    rng = np.random.default_rng(seed)
+    pretrained = rng.normal(size=shape)
+    sets = []
+    for _ in range(2):
+        x = rng.normal(size=(n, shape[0]))
+        sets.append((x, x @ (pretrained + 0.5 * rng.normal(size=shape)) + 0.3 * rng.normal(size=(n, shape[1]))))
+    loss = Composite(
+        lambda params, batch: batch[0] @ params["w"],
+        lambda z, batch: 0.5 * jnp.sum((z - batch[1]) ** 2) / n,
+    )
+    frozen = {"w": jnp.asarray(pretrained)}
+    problem = mixup_problem(loss, partition(frozen, mixed=("w",)), anchor=anchor)
+
+    def on(loss, data):
+        def fixed(w, alpha, _):
+            return loss(w, {"w": alpha}, data)
+
+        return fixed
+
+    inner = problem.inner_loss
+    assert isinstance(inner, Composite)
+    train, validation = sets
+    composite = Composite(
+        lambda w, alpha, _: inner.outputs(w, {"w": alpha}, train), lambda z, _: inner.criterion(z, train)
+    )
+    alpha = jnp.asarray(rng.uniform(0.5, 1, shape))
+    largest = np.linalg.eigvalsh(train[0].T @ train[0] / n).max() + anchor
+    rank = int(np.prod(shape))
+    return Analytic(Problem(composite, on(problem.outer_loss, validation)), frozen, alpha, 1 / largest, rank)
+
+
+PROBLEMS: dict[str, Callable[[], Analytic]] = {
+    "logistic regression": logistic_regression,
+    "anchored mixup": anchored_mixup,
+}
+
+
+def curves(case: Analytic) -> Iterator[tuple[str, int, float, list[Estimator]]]:
+    """``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken.
+
+    The costs are those of the docstrings, to which `tests/core/test_cost.py` holds the programs.
+    """
+    implicit, eta = hypergrad.implicit, case.step_size
+    yield "first_order", 1, 1, [hypergrad.first_order()]
+    yield "finite_difference", 1, 3, [hypergrad.finite_difference(radius=1e-3, step_size=eta)]
+    for weight in (1, 10, 100, 1000):
+        yield "penalty", weight, 5, [hypergrad.penalty(weight=weight)]
+    for k in TERMS:
+        yield "unrolled", k, 2 * k + 1, [hypergrad.unrolled(num_steps=k)]
+        series = linear_solve.neumann(num_terms=k, step_size=eta)
+        yield "neumann", k, 2 * k + 2, [implicit(series)]
+        yield "neumann, differences", k, k + 2, [implicit(series, hvp="finite_difference")]
+        yield "conjugate_gradient", k, 2 * k + 4, [implicit(linear_solve.conjugate_gradient(num_steps=k))]
+    for rank in (rank for rank in TERMS if rank <= case.rank):
+        sketches = [linear_solve.nystrom(rank=rank, rho=0.1 / eta, seed=seed) for seed in range(3)]
+        yield "nystrom", rank, 2 * rank + 4, [implicit(sketch) for sketch in sketches]
+
+
+def analytic_rows() -> list[dict[str, Any]]:
+    """Relative error of every estimator after the inner problem is solved by gradient descent, in float64."""
+    rows = []
+    with jax.enable_x64(True):
+        for name, make in PROBLEMS.items():
+            case = make()
+            start, outer = jax.tree.map(jnp.asarray, (case.start, case.outer))
+            tx = optax.sgd(case.step_size)
+            far, _ = inner_steps(
+                case.problem.inner_loss, tx, InnerState(start, tx.init(start)), outer, jnp.zeros(10000)
+            )
+            exact = _estimate(case, hypergrad.implicit(linear_solve.dense()), far.params, outer, 1)
+            for label, terms, cost, estimators in curves(case):
+                found = [_estimate(case, estimator, start, outer, INNER_STEPS) for estimator in estimators]
+                errors = [np.linalg.norm(each - exact) / np.linalg.norm(exact) for each in found]
+                row = {"part": "analytic", "problem": name, "estimator": label, "terms": terms, "fb": cost}
+                rows.append({**row, "quantity": "relative error", "value": float(np.median(errors))})
+    return rows
+
+
+def _estimate(case: Analytic, estimator: Estimator, start, outer, num_steps: int) -> np.ndarray:
+    @jax.jit
+    def run(start, outer):
+        batches, tx = jnp.zeros(num_steps), optax.sgd(case.step_size)
+        found = hypergradient(case.problem, estimator, start, outer, batches, jnp.zeros(()), inner_tx=tx)
+        return found.hypergradient
+
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(run(start, outer))])

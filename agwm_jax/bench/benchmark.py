@@ -1,0 +1,176 @@
+"""The benchmark of training steps: rows, and the page that shows them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from agwm_jax.bench.timing import Compiled, Program, compile_step, compile_twice, free_bytes, measure
+
+PLAIN, MATRIX = "plain step", "matrix product"
+
+
+class Costs(NamedTuple):
+    """What utilisation is reckoned with."""
+
+    pass_flops: int
+    """Of one forward and backward pass, from shapes."""
+    matrix_flops: int
+
+    def utilisation(self, fb: float, seconds: np.ndarray, matrix_seconds: np.ndarray) -> float:
+        """Share of the rate of a large matrix product, median over rounds."""
+        return float(np.median(fb * self.pass_flops / seconds / (self.matrix_flops / matrix_seconds)))
+
+
+def time_alone(
+    found: Mapping[str, Program],
+    others: Mapping[str, Callable[[], None]],
+    rounds: int,
+    costs: Costs,
+    product: Callable[[], None],
+    say: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], dict[str, Compiled]]:
+    """One row a program of one seed, all timed in turn with `others`; and what was compiled."""
+    compiled = {}
+    for name, program in found.items():
+        compiled[name] = compile_twice(program)
+        say(f"compiled {name} in {compiled[name].compile_seconds:.1f} s")
+    states = {name: program.start(program.state) for name, program in found.items()}
+    seconds = measure(compiled, states, {**others, MATRIX: product}, rounds)
+    rows = []
+    for name, each in seconds.items():
+        if name == MATRIX:
+            continue
+        row = {"program": name, "seconds": float(np.median(each)), **_ratio(each / seconds[PLAIN])}
+        if name in compiled:
+            row |= _compiled_columns(compiled[name], found[name].fb, costs)
+            row["bytes_ratio"] = row["bytes"] / compiled[PLAIN].bytes
+            row["utilisation"] = costs.utilisation(found[name].fb, each, seconds[MATRIX])
+        rows.append(row)
+    return rows, compiled
+
+
+def time_side_by_side(
+    found: Mapping[str, Program],
+    compiled: Mapping[str, Compiled],
+    name: str,
+    seeds: int,
+    rounds: int,
+    costs: Costs,
+    product: Callable[[], None],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """One row: several seeds in turn with one of them; or how much memory they lack."""
+    program, single = found[name], str(found[name].single)
+    both = {single: compiled.get(single) or compile_twice(found[single]), name: compile_twice(program)}
+    say(f"compiled {name} in {both[name].compile_seconds:.1f} s")
+    needed = sum(each.bytes for each in both.values())
+    if needed > free_bytes():
+        lacking = (
+            f"not run: with one seed beside it it takes {needed / 1e9:.1f} GB, {free_bytes() / 1e9:.1f} GB are free"
+        )
+        return {"program": single, "seeds": seeds, "lacking": lacking}
+    states = {one: found[one].start(found[single].state) for one in (single, name)}
+    seconds = measure(both, states, {MATRIX: product}, rounds)
+    each, alone = seconds[name], seconds[single]
+    return {
+        "program": single,
+        "seeds": seeds,
+        "seconds": float(np.median(each)),
+        "seconds_per_seed": float(np.median(each)) / seeds,
+        "single_seconds": float(np.median(alone)),
+        **_ratio(each / alone / seeds),
+        **_compiled_columns(both[name], program.fb, costs),
+        "utilisation": costs.utilisation(program.fb, each, seconds[MATRIX]),
+        "single_utilisation": costs.utilisation(program.fb / seeds, alone, seconds[MATRIX]),
+    }
+
+
+def compile_table(
+    make: Callable[[int], Mapping[str, Program]],
+    layers: Sequence[int],
+    names: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, dict[int, float]]:
+    """Seconds of tracing and compiling every program at some numbers of layers; ``make(layers)`` gives the programs."""
+    table: dict[str, dict[int, float]] = {name: {} for name in names}
+    jax.config.update("jax_enable_compilation_cache", False)  # it holds the shape's own number of layers already
+    compilation_cache.reset_cache()
+    for number in layers:
+        found = make(number)
+        for name in names:
+            _, traced, compiled = compile_step(found[name])
+            table[name][number] = traced + compiled
+            say(f"compiled {name}, {number} layers, in {compiled:.1f} s")
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+    return table
+
+
+def _compiled_columns(compiled: Compiled, fb: float, costs: Costs) -> dict[str, Any]:
+    return {
+        "fb": compiled.flops / costs.pass_flops,
+        "useful_fb": fb,
+        "bytes": compiled.bytes,
+        "trace_seconds": compiled.trace_seconds,
+        "compile_seconds": compiled.compile_seconds,
+        "cached_seconds": compiled.cached_seconds,
+    }
+
+
+def _ratio(ratio: np.ndarray) -> dict[str, Any]:
+    return {"ratio": float(np.median(ratio)), "ratio_quartiles": np.quantile(ratio, [0.25, 0.75]).tolist()}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """All that was measured of one shape, as a page."""
+    lines = [f"## {result['setting']}", "", f"Attention: {result['attention']}.", ""]
+    lines += [
+        "| program | s | plain steps (quartiles) | fb | peak GB (ratio) | utilisation | compile, s | cached, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += map(_line, result["rows"])
+    if result["seeds"]:
+        lines += [
+            "",
+            "| side by side | seeds | s a seed | one alone, s | a seed, in single ones (quartiles) |"
+            " all, in single ones | peak GB | utilisation (alone) | compile, s |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+            *map(_seeds_line, result["seeds"]),
+        ]
+    if result["compile"]:
+        layers = list(next(iter(result["compile"].values())))
+        lines += [
+            "",
+            f"| trace and compile, s | {' | '.join(f'{n} layers' for n in layers)} |",
+            f"| --- | {' | '.join('---:' for _ in layers)} |",
+        ]
+        for name, seconds in result["compile"].items():
+            lines.append(f"| {name} | {' | '.join(f'{x:.1f}' for x in seconds.values())} |")
+    return "\n".join([*lines, ""])
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    line = f"| {row['program']} | {row['seconds']:.3f} | {_spread(row)} |"
+    if "fb" not in row:
+        return line + " - | - | - | - | - |"
+    line += f" {row['fb']:.2f} | {row['bytes'] / 1e9:.2f} ({row['bytes_ratio']:.2f}) | {row['utilisation']:.0%} |"
+    return line + f" {row['trace_seconds'] + row['compile_seconds']:.1f} | {row['cached_seconds']:.1f} |"
+
+
+def _seeds_line(row: Mapping[str, Any]) -> str:
+    if "lacking" in row:
+        return f"| {row['program']} | {row['seeds']} | {row['lacking']} | - | - | - | - | - | - |"
+    return (
+        f"| {row['program']} | {row['seeds']} | {row['seconds_per_seed']:.3f} | {row['single_seconds']:.3f} |"
+        f" {_spread(row)} | {row['ratio'] * row['seeds']:.1f} | {row['bytes'] / 1e9:.2f} |"
+        f" {row['utilisation']:.0%} ({row['single_utilisation']:.0%}) |"
+        f" {row['trace_seconds'] + row['compile_seconds']:.1f} |"
+    )
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    low, high = row["ratio_quartiles"]
+    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"

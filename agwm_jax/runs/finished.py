@@ -1,0 +1,144 @@
+"""Finished runs in use: scored, asked for predictions, exported; all of them by `Method.merge` and nothing else."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from agwm_jax.data.columns import read_labelled
+from agwm_jax.data.files import check_extension
+from agwm_jax.data.predictions import read_texts, write_predictions
+from agwm_jax.data.tasks import LabelScale, Task, low_resource
+from agwm_jax.errors import AgwmError
+from agwm_jax.runs.build import build_method, check_length, read_model, recipe, seeded
+from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
+from agwm_jax.runs.folder import read_config, read_result, weights_digest
+from agwm_jax.runs.variables import Origin, load_variables
+from agwm_jax.settings.schema import Config
+
+Place = str | os.PathLike[str]
+
+
+class Run(NamedTuple):
+    """A finished run as its folder has it."""
+
+    config: Config
+    result: dict[str, Any]
+    """The content of result.json."""
+    model: FittedModel
+
+
+def load_run(folder: Place, *, model: str | None = None) -> Run:
+    """Read a finished run; its task comes without data.
+
+    Args:
+        folder: of the run.
+        model: where its pretrained model lies now, if not at `model.path` any longer.
+
+    Raises:
+        AgwmError: no finished run, a damaged file, or another pretrained model than the run started from.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    result = read_result(folder)
+    if result is None:
+        raise AgwmError(f"{folder} is not finished; run the same `agwm train` command again, it continues.")
+    described = result["task_description"]
+    lists = {name: tuple(described[name]) for name in ("label_names", "metrics")}
+    task = Task(**{**described, **lists, "splits": {}})
+    try:
+        pretrained = read_model(config, task, path=model)
+    except AgwmError as error:
+        moved = (
+            "" if model is not None else "; if the model has moved, say --model PATH with the place where it lies now"
+        )
+        raise AgwmError(f"the pretrained model of {folder} cannot be read: {str(error).rstrip('.')}{moved}.") from error
+    how = recipe(config)
+    check_length(pretrained, how.data)
+    scale = result["label_scale"] and LabelScale(**result["label_scale"])
+    own = seeded(pretrained, result["seed"], scale)
+    method = build_method(how, own, task.kind, seed=result["seed"], num_examples=result["train_size"])
+    shapes = method.learnt_shapes(own.params)
+    learnt = load_variables(folder, shapes, Origin(config.method.model_dump(mode="json"), weights_digest(own.params)))
+    params = jax.jit(method.merge)(own.params, jax.tree.map(jnp.asarray, learnt))
+    return Run(config, result, FittedModel(task, own, params, scale, how.data))
+
+
+def evaluate(
+    folder: Place, split: str | None = None, file: Place | None = None, *, model: str | None = None
+) -> dict[str, Any]:
+    """Score a finished run on a split of its task, or on a labelled file with the same columns.
+
+    Args:
+        folder: of the run.
+        split: None: the one that the result reports.
+        file: instead of a split.
+        model: see `load_run`.
+
+    Returns:
+        ``{"task", "split", "n", "scores": {metric: value}, "groups": {group: {metric: value, "n": n}}}``.
+
+    Raises:
+        AgwmError: no finished run, no such split, a bad file.
+    """
+    run = load_run(folder, model=model)
+    task = run.model.task
+    if file is not None:
+        texts, label = run.config.task.columns()
+        name, separator = Path(file).name, run.config.task.separator
+        rows = read_labelled(file, task, text_columns=texts, label_column=label, separator=separator)
+    else:
+        name = split or task.report_split
+        whole, size = run.config.task.load(), run.config.task.train_size
+        splits = (whole if size is None else low_resource(whole, train_size=size, seed=run.result["seed"])).splits
+        if name not in splits:
+            raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(splits)}.")
+        rows = splits[name]
+    logits = run.model.logits(run.model.encode(rows, name))
+    scores, groups = run.model.scores(rows, logits), run.model.group_scores(rows, logits)
+    return {"task": task.name, "split": name, "n": len(logits), "scores": scores, "groups": groups}
+
+
+def predict(folder: Place, texts: Texts, *, model: str | None = None) -> Predictions:
+    """What a finished run says of texts; see `FittedModel.predict` and `load_run`."""
+    return load_run(folder, model=model).model.predict(texts)
+
+
+def predict_file(folder: Path, input_file: Path, output_file: Path, *, model: str | None = None) -> int:
+    """Label the texts of a file: its columns, then the prediction and, for classes, their probabilities.
+
+    Returns:
+        The number of rows written.
+
+    Raises:
+        AgwmError: no finished run, a bad file.
+    """
+    check_extension(output_file)
+    if output_file.exists():
+        raise AgwmError(f"{output_file} exists; name another file, nothing is overwritten.")
+    source = read_config(folder).task
+    texts = read_texts(input_file, text_columns=source.columns()[0], separator=source.separator)
+    run = load_run(folder, model=model)
+    found = run.model.predict_split(texts.split, input_file.name)
+    write_predictions(
+        output_file,
+        texts,
+        predictions=found.labels,
+        probabilities=found.probabilities,
+        label_names=run.model.task.label_names,
+    )
+    return len(found.labels)
+
+
+def export(run: Place, folder: Place, *, model: str | None = None) -> str | None:
+    """Write the merged model as a Hugging Face folder.
+
+    Returns:
+        Why `transformers` would not give the same logits, or None where it does.
+
+    Raises:
+        AgwmError: no finished run, or `folder` holds files.
+    """
+    return load_run(run, model=model).model.save(folder)

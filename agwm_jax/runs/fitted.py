@@ -1,0 +1,198 @@
+"""A fine-tuned model: what scores, labels texts and is saved, whether it was just trained or read from a run folder."""
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from scipy.special import softmax
+
+from agwm_jax import metrics
+from agwm_jax.core.types import Batch, Params
+from agwm_jax.data.encode import MULTIPLE, Encoded, encode
+from agwm_jax.data.plan import evaluation_plan
+from agwm_jax.data.tasks import LabelScale, Task
+from agwm_jax.engine.sharding import Placement, place
+from agwm_jax.errors import AgwmError
+from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
+from agwm_jax.settings.schema import Data
+
+if TYPE_CHECKING:
+    import datasets
+
+Texts = Sequence[str] | Sequence[tuple[str, str]]
+"""Single texts, or pairs for a task of pairs."""
+
+
+class Predictions(NamedTuple):
+    """What a model says of texts, in their order."""
+
+    labels: list[str] | list[float]
+    """Names of classes, or scores in the user's unit."""
+    probabilities: Float[np.ndarray, "n c"] | None
+    """Of the classes in the order of the task; None for a regression."""
+
+
+class FittedModel(NamedTuple):
+    """A model with the weights that a method learnt merged in."""
+
+    task: Task
+    """Its splits need not be there."""
+    pretrained: Pretrained
+    """What it was fine-tuned from."""
+    params: Params
+    """All weights of the forward pass, by path."""
+    scale: LabelScale | None
+    """The unit that a regression was trained in."""
+    data: Data
+    """Lengths and batches."""
+    placement: Placement | None = None
+    """Of `params`; None: on one device."""
+
+    def logits(self, encoded: Encoded) -> Float[np.ndarray, "n c"]:
+        """Of every example of an encoded split; of a regression the score in the user's unit."""
+        with contextlib.nullcontext() if self.placement is None else jax.set_mesh(self.placement.mesh):
+            found = predict_logits(
+                self.pretrained.model.apply,
+                self.params,
+                encoded,
+                batch_size=self.data.eval_batch_size,
+                placement=self.placement,
+            )
+        return found if self.scale is None else self.scale.undo(found)
+
+    def encode(self, split: "datasets.Dataset", what: str) -> Encoded:
+        """Texts as token ids; a warning says how many of `what` were cut."""
+        encoded, report = encode(split, self.pretrained.tokenizer, max_length=self.data.max_length, kind=self.task.kind)
+        sentence = report.warning(what)
+        if sentence is not None:
+            warnings.warn(sentence, stacklevel=3)
+        return encoded
+
+    def predict(self, texts: Texts) -> Predictions:
+        """The class of every text with the probabilities of all classes, or its score.
+
+        Args:
+            texts: n of them, single or in pairs as the task has them.
+
+        Raises:
+            AgwmError: no texts, or not as the task has them.
+        """
+        return self.predict_split(_split_of(texts, pair=self.task.pair), "the call")
+
+    def predict_split(self, split: "datasets.Dataset", what: str) -> Predictions:
+        """`predict` for a data set with the columns text and, for pairs, text_pair; a warning calls it `what`."""
+        logits = self.logits(self.encode(split, what))
+        if self.task.kind == "regression":
+            return Predictions([float(x) for x in logits[:, 0]], None)
+        names = [self.task.label_names[i] for i in logits.argmax(1)]
+        return Predictions(names, softmax(logits.astype(np.float64), axis=1))
+
+    def scores(self, split: "datasets.Dataset", logits: Float[np.ndarray, "n c"]) -> dict[str, float]:
+        """The task's metrics on a labelled split."""
+        return metrics.compute(self.task.metrics, logits, np.asarray(split["label"]))
+
+    def group_scores(self, split: "datasets.Dataset", logits: Float[np.ndarray, "n c"]) -> dict[str, dict[str, float]]:
+        """Accuracy (of a regression the main metric) and ``n`` for every group of a split; empty without groups."""
+        if "group" not in split.column_names:
+            return {}
+        names, labels = np.asarray(split["group"]), np.asarray(split["label"])
+        metric = "accuracy" if self.task.kind == "classification" else self.task.metrics[0]
+        groups = {}
+        for group in sorted(set(names.tolist())):
+            rows = names == group
+            groups[group] = {**metrics.compute([metric], logits[rows], labels[rows]), "n": int(rows.sum())}
+        return groups
+
+    def save(self, folder: str | os.PathLike[str]) -> str | None:
+        """Write a Hugging Face folder: config, tokenizer, weights with the head; a regression gives the user's unit.
+
+        Returns:
+            Why `transformers` would not give the same logits, or None where it does.
+
+        Raises:
+            AgwmError: `folder` holds files, or cannot be written.
+        """
+        names = self.task.label_names or ("score",)
+        save_pretrained(folder, self.params, self.pretrained, label_names=names, label_scale=self.scale)
+        return transformers_compatible(self.pretrained)
+
+
+def _split_of(texts: Texts, *, pair: bool) -> "datasets.Dataset":
+    import datasets
+
+    if isinstance(texts, str) or not len(texts):
+        raise AgwmError(f"texts are {texts!r}: give a list of one text or more.")
+    wanted = "a pair of texts (first, second)" if pair else "a text"
+    for row, text in enumerate(texts):
+        fits = isinstance(text, str) if not pair else _is_pair(text)
+        if not fits:
+            raise AgwmError(f"text {row} is {text!r}, expected {wanted}, as the task has them.")
+    if not pair:
+        return datasets.Dataset.from_dict({"text": list(texts)})
+    first, second = zip(*texts, strict=True)
+    return datasets.Dataset.from_dict({"text": list(first), "text_pair": list(second)})
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def predict_logits(
+    apply: Callable[..., jax.Array],
+    params: Params,
+    encoded: Encoded,
+    *,
+    batch_size: int,
+    placement: Placement | None = None,
+) -> Float[np.ndarray, "n c"]:
+    """Logits of every example of a split, in its order, without dropout; on a mesh, where the weights lie on one.
+
+    Texts of like length share a batch, which is cut to one of a few lengths.
+
+    Args:
+        apply: of a `Model`: ``apply(params, batch, reverse_only=True) -> logits [b, c]``.
+        params: by path.
+        encoded: the split, n examples padded to t tokens.
+        batch_size: b; every program has this many rows, whatever the split, so that splits of one length share it.
+        placement: of the weights; every process then asks for the same logits.
+    """
+    columns = {name: column for name, column in encoded.items() if name != "labels"}
+    mask = encoded["attention_mask"]
+    padded = mask.shape[1]
+    last_real = (mask * np.arange(1, padded + 1)).max(axis=1)
+    order = np.argsort(last_real, kind="stable")
+    logits = []
+    for places in evaluation_plan(len(order), batch_size=batch_size):
+        rows = order[np.maximum(places, 0)]
+        length = min(x for x in program_lengths(padded) if x >= last_real[rows].max())
+        batch = {name: x[rows, :length] for name, x in columns.items()}
+        if placement is not None:
+            batch = place(batch, jax.tree.map(lambda x: placement.of_batch(x.shape), batch))
+        logits.append(_batch_logits(apply, placement and placement.replicated, params, batch))
+    by_length = np.concatenate([np.asarray(x) for x in logits])[: len(order)]
+    found = np.empty_like(by_length)
+    found[order] = by_length
+    return found
+
+
+def program_lengths(padded: int) -> set[int]:
+    """The lengths in tokens that batches of a split are cut to, each a program to compile: all, a half, a quarter.
+
+    On a CPU padding costs more than two more programs; elsewhere a split of a few thousand texts takes less time than
+    compiling one, and is not cut.
+    """
+    parts = (1, 2, 4) if jax.default_backend() == "cpu" else (1,)
+    return {min(padded, math.ceil(padded / part / MULTIPLE) * MULTIPLE) for part in parts}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _batch_logits(apply: Callable[..., jax.Array], where, params: Params, batch: Batch) -> jax.Array:
+    logits = apply(params, batch, reverse_only=True)
+    return logits if where is None else jax.lax.with_sharding_constraint(logits, where)

@@ -1,0 +1,60 @@
+"""Hugging Face folders of small models, as transformers would lay them out, with tokenizers made here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from small_models import Small, build
+
+from agwm_jax.models.safetensors import to_tensors
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(40))]
+
+
+def write_folder(path: Path, small: Small, model_type: str = "bert", **config: Any) -> dict[str, np.ndarray]:
+    """A folder of a model with its head and tokenizer; returns the model's parameters."""
+    _, params = build(small)
+    path.mkdir()
+    values = small.config.to_dict() | {"model_type": model_type, "_name_or_path": "somewhere/else"} | config
+    (path / "config.json").write_text(json.dumps(values))
+    tensors = to_tensors(params, small.of, small.of.table(small.config))
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    TOKENIZERS[model_type](path, small.config.vocab_size)
+    return params
+
+
+def _bert(path: Path, size: int) -> None:
+    (path / "vocab.txt").write_text("\n".join(WORDS[:size]) + "\n")
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+
+
+def _byte_level(path: Path, size: int) -> None:
+    """A byte-level BPE of a few bytes and one merge."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abcdeghiklnorstuwy."[: size - 7], "Ġ", "th"]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+
+
+def _sentencepiece(name: str) -> Any:
+    def write(path: Path, size: int) -> None:
+        import os
+
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        import transformers
+
+        pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdeghiklnorstuwy."[: size - 7], "▁the", "<mask>"]
+        vocab = [(piece, 0.0 if i < 4 else -float(i)) for i, piece in enumerate(pieces)]
+        getattr(transformers, name)(vocab=vocab).save_pretrained(str(path))
+
+    return write
+
+
+TOKENIZERS = {
+    "bert": _bert,
+    "roberta": _byte_level,
+    "xlm-roberta": _sentencepiece("XLMRobertaTokenizer"),
+    "camembert": _sentencepiece("CamembertTokenizer"),
+}
