@@ -21,6 +21,7 @@ from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.engine.sharding import Placement, place
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
+from agwm_jax.models.model import Effective
 from agwm_jax.settings.schema import Data
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _is_pair(value: Any) -> bool:
 
 def predict_logits(
     apply: Callable[..., jax.Array],
-    params: Params,
+    params: Effective,
     encoded: Encoded,
     *,
     batch_size: int,
@@ -193,6 +194,6 @@ def program_lengths(padded: int) -> set[int]:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _batch_logits(apply: Callable[..., jax.Array], where, params: Params, batch: Batch) -> jax.Array:
+def _batch_logits(apply: Callable[..., jax.Array], where, params: Effective, batch: Batch) -> jax.Array:
     logits = apply(params, batch, reverse_only=True)
     return logits if where is None else jax.lax.with_sharding_constraint(logits, where)

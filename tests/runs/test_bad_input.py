@@ -68,7 +68,7 @@ CASES = {
     "column": (lambda f, s: s.update({"task.label_column": "labl"}), ["'labl'", "did you mean 'label'"]),
     "label outside": (
         lambda f, s: (s.update({"task.label_names": "[no, yes]"}), relabel(f / "train.jsonl", 7)),
-        ["line 60", "7", "no, yes"],
+        ["line 60", "7", "'no', 'yes'"],
     ),
     "one class": (
         lambda f, s: (
