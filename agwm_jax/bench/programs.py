@@ -79,7 +79,7 @@ def prepare(shape: Shape, options: Options, *, abstract: bool = False) -> Prepar
     The training set is just large enough for a batch of either part of a search.
     """
     model, shapes = build_model(FAMILIES[shape.family].value(), shape.config, num_labels=LABELS, options=options)
-    params: Params = dict(shapes)
+    params: Any = dict(shapes)
     if not abstract:
         params = {k: jnp.asarray(x) for k, x in fresh_params(model.weights, shapes, seed=0, scale=0.02).items()}
 

@@ -42,7 +42,7 @@ def split(key: Key[Array, ""] | None, num: int) -> Key[Array, " num"] | list[Non
 
 def dense(module: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
     """``x @ kernel + bias``; a deferred kernel is computed here, and once more in the backward pass instead of kept."""
-    kernel, bias = module.kernel.get_value(), module.bias.get_value()
+    kernel, bias = module.kernel.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has one
     if not is_deferred(kernel):
         return linear(x, kernel, bias)
     return jax.checkpoint(lambda kernel, bias, x: linear(x, materialise(kernel), bias))(kernel, bias, x)
@@ -50,7 +50,8 @@ def dense(module: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
 
 def norm(module: nnx.LayerNorm, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Layer norm with the module's weights."""
-    return layer_norm(x, module.scale.get_value(), module.bias.get_value(), epsilon=module.epsilon)
+    scale, bias = module.scale.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has both
+    return layer_norm(x, scale, bias, epsilon=module.epsilon)
 
 
 class Embeddings(nnx.Module):
