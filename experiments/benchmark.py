@@ -3,7 +3,7 @@
     python experiments/benchmark.py --output runs/benchmark                      # MiniLM-L6, 16 x 128, float32: a CPU
     python experiments/benchmark.py --only plain unrolled --compile-layers 6 12 24
     python experiments/benchmark.py --only seeds --seeds 4 --length 32           # only several seeds, and one alone
-    python experiments/benchmark.py --preset gpu --output runs/gpu               # BERT-base and -large, bfloat16, 32 x 128
+    python experiments/benchmark.py --preset gpu --output runs/gpu               # BERT-base and -large in bfloat16
 
 Weights are random, dropout is off. The unit is one plain training step (forward, backward, AdamW). All programs are
 timed in turn, round after round; a table has medians, and the ratio of each program to the plain step of the same
@@ -27,11 +27,41 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from agwm_jax import AgwmError
 from agwm_jax.bench.benchmark import PLAIN, Costs, compile_table, markdown, time_alone, time_side_by_side
-from agwm_jax.bench.programs import SHAPES, programs, shape, torch_step
+from agwm_jax.bench.programs import TimedStep, programs, shape, torch_step
 from agwm_jax.bench.timing import matrix_product, processor, threads
 from agwm_jax.models.attention import fused_refusal
 from agwm_jax.models.family import Options
 
+SHAPES = {  # family, layers, width, heads, feed-forward width
+    "minilm": ("bert", 6, 384, 12, 1536),
+    "bert-base": ("bert", 12, 768, 12, 3072),
+    "bert-large": ("bert", 24, 1024, 16, 4096),
+    "roberta-base": ("roberta", 12, 768, 12, 3072),
+}
+
+
+def _search(fb: float, estimator: str, *, differences: bool = False, rollback: bool = False, **options) -> TimedStep:
+    settings = {"name": "agwm", "estimator": {"name": estimator, **options}, "search": {"rollback": rollback}}
+    return TimedStep(settings, "search-0", fb, differences)
+
+
+def _neumann(fb: float, terms: int, *, differences: bool = False, **options) -> TimedStep:
+    solver = {"name": "neumann", "num_terms": terms, "step_size": 0.01}
+    return _search(fb, "implicit", differences=differences, solver=solver, **options)
+
+
+STEPS = {
+    PLAIN: TimedStep({"name": "vanilla"}, "finetune", 1),
+    "finetune, alpha frozen": TimedStep({"name": "agwm"}, "finetune", 1),
+    "search, first_order": _search(2, "first_order"),
+    "search, finite_difference, rollback": _search(5, "finite_difference", differences=True, rollback=True),
+    "search, unrolled 1": _search(4, "unrolled"),
+    "search, neumann 1": _neumann(5, 1),
+    "search, neumann 5": _neumann(13, 5),
+    "search, neumann 5, differences": _neumann(8, 5, differences=True, hvp="finite_difference"),
+    "search, neumann 5, Gauss-Newton": _neumann(12, 5, curvature="gauss_newton"),
+}
+SIDE_BY_SIDE = ("finetune, alpha frozen", "search, unrolled 1")
 PRESETS: dict[str, dict[str, Any]] = {
     "gpu": {"device": "gpu", "shape": ["bert-base", "bert-large"], "batch": 32, "dtype": "bfloat16", "rounds": 30}
 }
@@ -47,18 +77,19 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     options = Options(jnp.dtype(arguments.dtype), arguments.unroll)
     words = arguments.only
 
-    def only(program: str) -> bool:
-        return words is None or program == PLAIN or any(word in program for word in words)
+    seeds = arguments.seeds if words is None or "seeds" in words else 0
+    chosen = {n for n in STEPS if words is None or n == PLAIN or any(word in n for word in words)}
 
     def made(layers: int | None, seeds: int):
-        found = shape(name, batch=arguments.batch, length=arguments.length, layers=layers)
-        return found, programs(found, options, seeds=seeds, only=only)
+        family, own, *sizes = SHAPES[name]
+        found = shape(family, layers or own, *sizes, batch=arguments.batch, length=arguments.length)
+        steps = {n: step for n, step in STEPS.items() if n in chosen or (seeds and n in SIDE_BY_SIDE)}
+        return found, programs(found, options, steps, seeds=seeds, side_by_side=SIDE_BY_SIDE)
 
-    seeds = arguments.seeds if words is None or "seeds" in words else 0
     of, found = made(arguments.layers, seeds)
     product, matrix_flops = matrix_product(arguments.dtype)
     costs = Costs(of.pass_flops, matrix_flops)
-    alone = {name: program for name, program in found.items() if program.single is None and only(name)}
+    alone = {name: program for name, program in found.items() if name in chosen}
     torch = {"plain step, PyTorch": torch_step(of)} if arguments.torch else {}
     rows, compiled = time_alone(alone, torch, arguments.rounds, costs, product, say)
     several = [program for program in found if found[program].single is not None]

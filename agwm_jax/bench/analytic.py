@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax import hypergrad, linear_solve
 from agwm_jax.core.bilevel import hypergradient
 from agwm_jax.core.estimators.base import Estimator
 from agwm_jax.core.inner import InnerState, inner_steps
@@ -16,7 +15,9 @@ from agwm_jax.core.mixup import mixup_problem
 from agwm_jax.core.partition import partition
 from agwm_jax.core.types import Composite, Problem
 
-TERMS = (1, 2, 5, 10, 20, 50, 100)
+Curve = tuple[str, int, float, list[Estimator]]
+"""``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken."""
+
 INNER_STEPS = 100  # that solve the inner problem
 
 
@@ -92,29 +93,13 @@ PROBLEMS: dict[str, Callable[[], Analytic]] = {
 }
 
 
-def curves(case: Analytic) -> Iterator[tuple[str, int, float, list[Estimator]]]:
-    """``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken.
+def analytic_rows(curves: Callable[[Analytic], Iterator[Curve]], exact: Estimator) -> list[dict[str, Any]]:
+    """Relative error of every estimator after the inner problem is solved by gradient descent, in float64.
 
-    The costs are those of the docstrings, to which `tests/core/test_cost.py` holds the programs.
+    Args:
+        curves: what is compared on a problem.
+        exact: an estimator that is exact at a solution.
     """
-    implicit, eta = hypergrad.implicit, case.step_size
-    yield "first_order", 1, 1, [hypergrad.first_order()]
-    yield "finite_difference", 1, 3, [hypergrad.finite_difference(radius=1e-3, step_size=eta)]
-    for weight in (1, 10, 100, 1000):
-        yield "penalty", weight, 5, [hypergrad.penalty(weight=weight)]
-    for k in TERMS:
-        yield "unrolled", k, 2 * k + 1, [hypergrad.unrolled(num_steps=k)]
-        series = linear_solve.neumann(num_terms=k, step_size=eta)
-        yield "neumann", k, 2 * k + 2, [implicit(series)]
-        yield "neumann, differences", k, k + 2, [implicit(series, hvp="finite_difference")]
-        yield "conjugate_gradient", k, 2 * k + 4, [implicit(linear_solve.conjugate_gradient(num_steps=k))]
-    for rank in (rank for rank in TERMS if rank <= case.rank):
-        sketches = [linear_solve.nystrom(rank=rank, rho=0.1 / eta, seed=seed) for seed in range(3)]
-        yield "nystrom", rank, 2 * rank + 4, [implicit(sketch) for sketch in sketches]
-
-
-def analytic_rows() -> list[dict[str, Any]]:
-    """Relative error of every estimator after the inner problem is solved by gradient descent, in float64."""
     rows = []
     with jax.enable_x64(True):
         for name, make in PROBLEMS.items():
@@ -124,10 +109,10 @@ def analytic_rows() -> list[dict[str, Any]]:
             far, _ = inner_steps(
                 case.problem.inner_loss, tx, InnerState(start, tx.init(start)), outer, jnp.zeros(10000)
             )
-            exact = _estimate(case, hypergrad.implicit(linear_solve.dense()), far.params, outer, 1)
+            truth = _estimate(case, exact, far.params, outer, 1)
             for label, terms, cost, estimators in curves(case):
                 found = [_estimate(case, estimator, start, outer, INNER_STEPS) for estimator in estimators]
-                errors = [np.linalg.norm(each - exact) / np.linalg.norm(exact) for each in found]
+                errors = [np.linalg.norm(each - truth) / np.linalg.norm(truth) for each in found]
                 row = {"part": "analytic", "problem": name, "estimator": label, "terms": terms, "fb": cost}
                 rows.append({**row, "quantity": "relative error", "value": float(np.median(errors))})
     return rows

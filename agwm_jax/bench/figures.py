@@ -83,7 +83,8 @@ def write_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 def _frontier(figure: "Figure", rows: Sequence[Row]) -> None:
     analytic = [row for row in rows if row["part"] == "analytic"]
     problems = list(dict.fromkeys(row["problem"] for row in analytic))
-    look = looks(list(dict.fromkeys(_family(row) for row in rows if row["part"] in ("analytic", "cost"))))
+    names = list(dict.fromkeys(_family(row) for row in rows if row["part"] in ("analytic", "cost")))
+    look = looks(names, baseline=names[0])
     panels = figure.subplots(1, len(problems) + 1)
     for axes, problem in zip(panels, problems, strict=False):
         curves = defaultdict(list)

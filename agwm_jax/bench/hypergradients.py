@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax import hypergrad, linear_solve
 from agwm_jax.bench.search import Program, Setting, compile_step
 from agwm_jax.core.estimators.base import Estimator
 
@@ -33,54 +32,18 @@ class Preset(NamedTuple):
     """Numbers of terms or steps of the solvers."""
 
 
-PRESETS = {
-    "default": Preset(
-        points=(10, 30),
-        anchors=(0.0, 1.0),
-        reference_steps=30,
-        outer_steps=20,
-        orders=1,
-        searched=("first_order", "unrolled", "finite_difference, SAMA", "penalty 10", "conjugate_gradient 5, GN"),
-        terms=(5,),
-    ),
-    "full": Preset(
-        points=tuple(range(5, 45, 5)),
-        anchors=(0.0, 0.1, 1.0),
-        reference_steps=200,
-        outer_steps=40,
-        orders=5,
-        searched=None,
-        terms=(1, 3, 5, 10, 20),
-    ),
-}
-DAMPING = 0.1  # of the reference; the largest eigenvalue is about 100
-SOLVER_DAMPING = 1.0  # of the conjugate gradients that are compared with it, which have few steps
-WARM_UP = 2  # steps of the recorded search before a point in which an estimator builds up what it carries
-
-
-def estimators(terms: tuple[int, ...], learning_rate: float) -> dict[str, Estimator]:
+class Compared(NamedTuple):
     """What is compared, by the name in tables and figures."""
-    implicit, auto = hypergrad.implicit, "auto"
-    found = {
-        "first_order": hypergrad.first_order(),
-        "unrolled": hypergrad.unrolled(),
-        "unrolled, differences": hypergrad.unrolled(hvp="finite_difference"),
-        f"finite_difference, {learning_rate:g} v (DARTS)": hypergrad.finite_difference(step_size=learning_rate),
-        "finite_difference, v": hypergrad.finite_difference(),
-        "finite_difference, SAMA": hypergrad.finite_difference(precondition=True),
-        "penalty 10": hypergrad.penalty(weight=10.0),
-        "gradient_descent 1, GN": implicit(linear_solve.gradient_descent(step_size=auto), curvature="gauss_newton"),
-    }
-    for k in terms:
-        series = linear_solve.neumann(num_terms=k, step_size=auto)
-        gradients = linear_solve.conjugate_gradient(num_steps=k, damping=SOLVER_DAMPING)
-        found |= {
-            f"neumann {k}": implicit(series),
-            f"neumann {k}, GN": implicit(series, curvature="gauss_newton"),
-            f"conjugate_gradient {k}, GN": implicit(gradients, curvature="gauss_newton"),
-        }
-    sketch = linear_solve.nystrom(rank=2 * max(terms), rho=10.0)
-    return found | {f"nystrom {2 * max(terms)}, GN": implicit(sketch, curvature="gauss_newton")}
+
+    estimators: dict[str, Estimator]
+    reference: Estimator
+    direct: str
+    """The one that is the direct term alone."""
+    unit: str
+    """The one that records the search, and whose time is the unit of the comparison at equal time."""
+
+
+WARM_UP = 2  # steps of the recorded search before a point in which an estimator builds up what it carries
 
 
 def without_signal(estimator: Estimator) -> Estimator:
@@ -93,29 +56,29 @@ def without_signal(estimator: Estimator) -> Estimator:
     return estimator._replace(estimate=estimate)
 
 
-def model_rows(setting: Setting, preset: Preset) -> Rows:
+def model_rows(setting: Setting, preset: Preset, compared: Compared) -> Rows:
     """Part 2: every estimator at points of the recorded searches, then each in a search of its own."""
     programs = {}
-    for name, estimator in estimators(preset.terms, setting.learning_rate).items():
+    for name, estimator in compared.estimators.items():
         programs[name] = compile_step(setting, estimator)
         print(f"compiled {name}: {programs[name].cost:.1f} fb, {programs[name].compile_seconds:.0f} s", flush=True)
-    cg = linear_solve.conjugate_gradient(num_steps=preset.reference_steps, damping=DAMPING)
-    reference = compile_step(setting, hypergrad.implicit(cg, curvature="gauss_newton"))
-    held = compile_step(setting, without_signal(hypergrad.first_order()))
+    reference = compile_step(setting, compared.reference)
+    held = compile_step(setting, without_signal(compared.estimators[compared.direct]))
 
     rows: Rows = []
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for anchor in preset.anchors:
-        recorded = recorded_search(setting, programs["unrolled"], anchor, preset.points)
+        recorded = recorded_search(setting, programs[compared.unit], anchor, preset.points)
         for step in preset.points:
-            rows += compare(setting, recorded, step, anchor, programs, reference, seconds)
+            rows += compare(setting, recorded, step, anchor, programs, reference, seconds, direct=compared.direct)
             print(f"compared at step {step}, anchor {anchor:g}", flush=True)
     median = {name: float(np.median(found)) for name, found in seconds.items()}
     for name, program in programs.items():
         for quantity, value in (("fb", program.cost), ("seconds", median[name]), ("bytes", program.bytes)):
             rows.append({"part": "cost", "estimator": name, "quantity": quantity, "value": value})
     searched = {name: programs[name] for name in preset.searched or programs}
-    return rows + search_losses(setting, preset, {"alpha held": held, **searched}, median)
+    median["alpha held"] = median[compared.direct]
+    return rows + search_losses(setting, preset, {"alpha held": held, **searched}, median, unit=compared.unit)
 
 
 def recorded_search(setting: Setting, program: Program, anchor: float, points: tuple[int, ...]) -> dict[int, Any]:
@@ -137,6 +100,8 @@ def compare(
     programs: Mapping[str, Program],
     reference: Program,
     seconds: dict[str, list[float]],
+    *,
+    direct: str,
 ) -> Rows:
     """Cosine and norm ratio to the reference, of the whole hypergradient and of the response alone, at one point."""
 
@@ -158,33 +123,31 @@ def compare(
         {**where, "estimator": "reference", "quantity": quantity, "value": float(info[quantity])}
         for quantity in ("damped_residual", "residual")
     ]
-    direct = None
-    for name, program in programs.items():
-        found, info = hypergradient(program, name)
-        direct = found if direct is None else direct  # the first is first_order
+    found_by = {name: hypergradient(program, name) for name, program in programs.items()}
+    term = found_by[direct][0]
+    for name, (found, info) in found_by.items():
         measured = {"cosine": _cosine(found, wanted), "norm ratio": _norm(found) / _norm(wanted)}
-        if name != "first_order":
-            measured["response cosine"] = _cosine(found - direct, wanted - direct)
-            measured["response to direct"] = _norm(found - direct) / _norm(direct)
+        if name != direct:
+            measured["response cosine"] = _cosine(found - term, wanted - term)
+            measured["response to direct"] = _norm(found - term) / _norm(term)
         if "residual" in info:
             measured["residual"] = float(info["residual"])
         rows += [{**where, "estimator": name, "quantity": q, "value": v} for q, v in measured.items()]
-    ratio = _norm(wanted - direct) / _norm(direct)
+    ratio = _norm(wanted - term) / _norm(term)
     return [*rows, {**where, "estimator": "reference", "quantity": "response to direct", "value": ratio}]
 
 
 def search_losses(
-    setting: Setting, preset: Preset, programs: Mapping[str, Program], seconds: Mapping[str, float]
+    setting: Setting, preset: Preset, programs: Mapping[str, Program], seconds: Mapping[str, float], *, unit: str
 ) -> Rows:
-    """Losses after equally many outer steps, and after the seconds that `unrolled` takes for them."""
+    """Losses after equally many outer steps, and after the seconds that `unit` takes for them."""
 
     @jax.jit
     def losses(frozen, state):
         loss = setting.problem(frozen, 0.0).outer_loss
         return {name: loss(state.inner.params, state.outer, rows) for name, rows in setting.splits.items()}
 
-    seconds = {"alpha held": seconds["first_order"], **seconds}
-    limit = preset.outer_steps * seconds["unrolled"]
+    limit = preset.outer_steps * seconds[unit]
     most = setting.num_steps
     anchor = preset.anchors[-1]
     rows: Rows = []

@@ -1,6 +1,6 @@
 """The steps that are timed: any phase of any method on a model of a given shape, with random weights and texts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,44 +17,19 @@ from agwm_jax.models.family import FAMILIES, Options, build_model, fresh_params
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.model import Model
 
-SHAPES: dict[str, tuple[str, int, int, int, int]] = {  # family, layers, width, heads, feed-forward width
-    "minilm": ("bert", 6, 384, 12, 1536),
-    "bert-base": ("bert", 12, 768, 12, 3072),
-    "bert-large": ("bert", 24, 1024, 16, 4096),
-    "roberta-base": ("roberta", 12, 768, 12, 3072),
-}
 LABELS = 2
-_NEUMANN = {"name": "implicit", "solver": {"name": "neumann", "num_terms": 5, "step_size": 0.01}}
 
-STEPS: dict[str, tuple[dict[str, Any], str, float]] = {
-    # name: settings of the method, phase, forward-backward passes that it has to compute
-    "plain step": ({"name": "vanilla"}, "finetune", 1),
-    "finetune, alpha frozen": ({"name": "agwm"}, "finetune", 1),
-    "search, first_order": ({"name": "agwm", "estimator": {"name": "first_order"}}, "search-0", 2),
-    "search, finite_difference, rollback": (
-        {"name": "agwm", "estimator": {"name": "finite_difference"}, "search": {"rollback": True}},
-        "search-0",
-        5,
-    ),
-    "search, unrolled 1": ({"name": "agwm", "estimator": {"name": "unrolled"}}, "search-0", 4),
-    "search, neumann 1": (
-        {"name": "agwm", "estimator": {**_NEUMANN, "solver": {**_NEUMANN["solver"], "num_terms": 1}}},  # type: ignore[dict-item]
-        "search-0",
-        5,
-    ),
-    "search, neumann 5": ({"name": "agwm", "estimator": _NEUMANN}, "search-0", 13),
-    "search, neumann 5, differences": (
-        {"name": "agwm", "estimator": {**_NEUMANN, "hvp": "finite_difference"}},
-        "search-0",
-        8,
-    ),
-    "search, neumann 5, Gauss-Newton": (
-        {"name": "agwm", "estimator": {**_NEUMANN, "curvature": "gauss_newton"}},
-        "search-0",
-        12,
-    ),
-}
-SIDE_BY_SIDE = ("finetune, alpha frozen", "search, unrolled 1")
+
+class TimedStep(NamedTuple):
+    """What is timed: one step of one phase of a method."""
+
+    settings: Mapping[str, Any]
+    """Of the method, as a config has them."""
+    phase: str
+    fb: float
+    """Forward-backward passes of one batch that it has to compute."""
+    differences: bool = False
+    """Whether it subtracts gradients, which is refused in less than float32."""
 
 
 class Shape(NamedTuple):
@@ -75,13 +50,14 @@ class Shape(NamedTuple):
         return 3 * self.batch * (self.config.num_hidden_layers * self.length * of_token + head)
 
 
-def shape(name: str, *, batch: int, length: int, layers: int | None = None) -> Shape:
-    """The shape of a checkpoint, without dropout; `layers` in place of its own."""
-    family, own, width, heads, inner = SHAPES[name]
+def shape(
+    family: str, layers: int, width: int, heads: int, inner: int, *, batch: int, length: int, vocabulary: int = 30522
+) -> Shape:
+    """Of a family's model without dropout, and of its batches."""
     values = {
-        "vocab_size": 30522,
+        "vocab_size": vocabulary,
         "hidden_size": width,
-        "num_hidden_layers": layers or own,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "intermediate_size": inner,
         "max_position_embeddings": max(514, length + 2),
@@ -103,7 +79,7 @@ def prepare(shape: Shape, options: Options, *, abstract: bool = False) -> Prepar
     The training set is just large enough for a batch of either part of a search.
     """
     model, shapes = build_model(FAMILIES[shape.family].value(), shape.config, num_labels=LABELS, options=options)
-    params: Params = dict(shapes)
+    params: Any = dict(shapes)
     if not abstract:
         params = {k: jnp.asarray(x) for k, x in fresh_params(model.weights, shapes, seed=0, scale=0.02).items()}
 
@@ -134,26 +110,31 @@ def method(prepared: Prepared, settings: Mapping[str, Any]) -> Method:
     return section.model_validate(own).build(prepared.setup)
 
 
-def programs(shape: Shape, options: Options, *, seeds: int, only: Callable[[str], bool]) -> dict[str, Program]:
-    """The steps of `STEPS` by name; those of `seeds` seeds side by side are left out where it is 0."""
+def programs(
+    shape: Shape,
+    options: Options,
+    steps: Mapping[str, TimedStep],
+    *,
+    seeds: int = 0,
+    side_by_side: Sequence[str] = (),
+) -> dict[str, Program]:
+    """The steps by name, and those of `side_by_side` once more for `seeds` seeds at once."""
     fused, plain = (prepare(shape, options._replace(fuse_attention=fuse)) for fuse in (options.fuse_attention, False))
-    found = {}
-    for name, (settings, phase, fb) in STEPS.items():
-        if "difference" in name and jnp.dtype(options.dtype).itemsize < 4:
-            continue  # refused: in so few bits a difference of gradients is rounding
-        if only(name) or (seeds and name in SIDE_BY_SIDE):
-            found[name] = _program(fused, plain, settings, phase, fb, shape)
-    for single in SIDE_BY_SIDE if seeds else ():
+    narrow = jnp.dtype(options.dtype).itemsize < 4
+    found = {
+        name: _program(fused, plain, step, shape) for name, step in steps.items() if not (narrow and step.differences)
+    }
+    for single in side_by_side if seeds else ():
         found[f"{seeds} seeds, {single}"] = _side_by_side(found[single], single, shape, seeds)
     return found
 
 
-def _program(fused: Prepared, plain: Prepared, settings, phase_name: str, fb: float, shape: Shape) -> Program:
+def _program(fused: Prepared, plain: Prepared, timed: TimedStep, shape: Shape) -> Program:
     key = jax.random.key(0)
     steps, state, context, data = [], None, None, None
     for prepared in (fused, plain):
-        built = method(prepared, settings)
-        (phase,) = (phase for phase in built.phases if phase.name == phase_name)
+        built = method(prepared, timed.settings)
+        (phase,) = (phase for phase in built.phases if phase.name == timed.phase)
 
         def step(state, context, batches, phase=phase):
             return phase.step(state, context, batches, key, jnp.int32(0))
@@ -165,7 +146,7 @@ def _program(fused: Prepared, plain: Prepared, settings, phase_name: str, fb: fl
             state = jax.jit(phase.start)(context, key)
             rows = {name: plan[0].shape for name, plan in phase.plan.items()}
             data = {name: texts(number, rows[name], shape.length) for number, name in enumerate(sorted(rows))}
-    return Program(steps[0], steps[1], state, context, data, fb)
+    return Program(steps[0], steps[1], state, context, data, timed.fb)
 
 
 def _side_by_side(one: Program, single: str, shape: Shape, seeds: int) -> Program:

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 
 from agwm_jax.bench.timing import peak_bytes
-from agwm_jax.core.bilevel import bilevel
+from agwm_jax.core.bilevel import BilevelState, bilevel
 from agwm_jax.core.cost import matmul_flops
 from agwm_jax.core.estimators.base import Estimator
-from agwm_jax.core.estimators.first_order import first_order
+from agwm_jax.core.inner import InnerState
 from agwm_jax.core.mixup import mixup_problem, project_alpha
 from agwm_jax.core.types import Params, Problem
 from agwm_jax.engine.batches import gather
@@ -86,11 +86,10 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
     pretrained = jax.tree.map(jnp.asarray, prepared.pretrained.params)
     inner_tx = search.inner.build(num_steps=steps * k, weights=setup.model.weights)
     outer_tx = search.outer.build(num_steps=steps, weights=setup.model.weights)
-    solver = bilevel(
-        problem(pretrained, 0.0), first_order(), inner_tx=inner_tx, outer_tx=outer_tx, project=project_alpha
-    )
-    alpha = mixture.init_alpha(stream_key(prepared.seed, "alpha"), pretrained)
-    start = solver.init(mixture.partition(pretrained).task, alpha)
+    alpha = project_alpha(mixture.init_alpha(stream_key(prepared.seed, "alpha"), pretrained))
+    task = mixture.partition(pretrained).task
+    # The estimator's own part is begun by `Program.init_estimator`.
+    start = BilevelState(InnerState(task, inner_tx.init(task)), alpha, outer_tx.init(alpha), ())
     return Setting(pretrained, problem, inner_tx, outer_tx, batches, start, splits, search.inner.learning_rate, steps)
 
 

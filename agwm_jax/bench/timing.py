@@ -94,7 +94,7 @@ def measure(
     def step(name: str) -> None:
         states[name] = jax.block_until_ready(compiled[name].run(states[name]))
 
-    runs = {**{name: partial(step, name) for name in compiled}, **others}
+    runs: dict[str, Callable[[], None]] = {**{name: partial(step, name) for name in compiled}, **others}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in np.random.default_rng(number).permutation(list(runs)).tolist():

@@ -96,9 +96,16 @@ class Checkpoints:
         Raises:
             AgwmError: it could not be written; earlier checkpoints stay.
         """
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
+        self._join()
+        self._tell()
+
+    def _join(self) -> None:
+        # Together, by the devices: they notice at once that a process is lost, what Orbax waits for in a minute.
+        while self._writing is not None and processes.any_of(self._writing.is_alive()):
+            self._writing.join(0.2)
+        self._writing = None
+
+    def _tell(self) -> None:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise self._not_written(failure) from failure
@@ -190,9 +197,10 @@ class Checkpoints:
                 self._remove(step)
 
     def close(self) -> None:
-        """Release the folder, after what is being written."""
+        """Release the folder, after what is being written; where a process is lost, nothing is waited for."""
+        self._join()
         try:
-            self.wait()
+            self._tell()
         finally:
             self._open.close()
 

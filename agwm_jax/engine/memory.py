@@ -116,14 +116,17 @@ def _num_bytes(
     with jax.set_mesh(placement.mesh):
         group = Group(members[: candidate.num_members], layout, weights, programs.needs.get(layout))
         programs.needs[layout] = group.needs
-        found = []
-        for number in range(len(group.stages)):
-            lanes = Lanes(group, number)
-            held = group.needs.held(number, started=True)
-            beside = _held(group, held - group.needs.stages[number].step)
-            found.append((lanes.compile(programs, chunk_steps).num_bytes + beside, _held(group, held & group.shared)))
+        found = [stage_bytes(group, number, programs, chunk_steps) for number in range(len(group.stages))]
     total, shared = max(found)
     return total - shared, shared
+
+
+def stage_bytes(group: Group, number: int, programs: Programs, chunk_steps: int) -> tuple[int, int]:
+    """Bytes of one device while a stage runs, compiled for shapes: all, and what the members share."""
+    lanes = Lanes(group, number)
+    held = group.needs.held(number, started=True)
+    beside = _held(group, held - group.needs.stages[number].step)
+    return lanes.compile(programs, chunk_steps).num_bytes + beside, _held(group, held & group.shared)
 
 
 def _held(group: Group, keys: Collection[needs.Key]) -> int:

@@ -67,10 +67,11 @@ _REMEDIES = {
     "method.search.inner.learning_rate, raise method.search.epochs, or raise method.search.validation_fraction.",
     "hypergradient_vanished": "Alpha gets no signal: where method.search.anchor is 0 the exact hypergradient is zero, "
     "so set it above 0 (0.1 is a start) or use a truncated estimator.",
-    "linear_solve_diverged": "In method.estimator lower the solver's step_size (or set it to auto), raise its damping "
-    "or rho, or take curvature gauss_newton; or set method.search.anchor above 0.",
-    "hypergradient_not_finite": "The linear solve or the loss has diverged: lower the step size of the solver in "
-    "method.estimator, or method.search.inner.learning_rate.",
+    "linear_solve_diverged": "Lower method.estimator.solver.step_size (or set it to auto), raise "
+    "method.estimator.solver.damping or rho, take method.estimator.curvature gauss_newton, or set method.search.anchor "
+    "above 0.",
+    "hypergradient_not_finite": "The linear solve or the loss has diverged: lower "
+    "method.estimator.solver.step_size, or method.search.inner.learning_rate.",
 }
 
 

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from agwm_jax.models.encoder import EncoderClassifier, dense, dropout, make_linear, rows_after
+from agwm_jax.models.encoder import EncoderClassifier, dense, make_linear, rows_after
 from agwm_jax.models.encoder_config import EncoderConfig
 from agwm_jax.models.family import FAMILIES, Family, Options, Row
+from agwm_jax.models.layers import dropout
 
 
 class BertConfig(EncoderConfig):

@@ -18,30 +18,10 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.models.attention import fused_attention, fused_refusal
 from agwm_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
 from agwm_jax.models.family import Options, Row, dense_rows, norm_rows
+from agwm_jax.models.layers import attention, dropout, layer_norm, linear
 from agwm_jax.models.weights import Weight
 
 _POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-
-def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:
-    """Zero each entry with probability `rate` and scale the others by the inverse of the probability to be kept.
-
-    Flax's own draws one 32-bit word an entry, a notable part of a training step on a CPU (measured); a word here serves
-    two entries. The rate is rounded to a multiple of 2^-16 and the scale is that of the rounded rate, so the
-    expectation is exact.
-
-    Args:
-        x: any array with at least one axis.
-        rate: probability to be zeroed, in [0, 1).
-        key: typed PRNG key; None means no dropout.
-    """
-    kept = 65536 - round(rate * 65536)
-    if key is None or kept == 65536:
-        return x
-    *leading, last = x.shape
-    words = jax.random.bits(key, (*leading, -(-last // 2)), jnp.uint32)
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*leading, -1)[..., :last]
-    return jnp.where(bits < kept, x * jnp.asarray(65536 / kept, x.dtype), jnp.zeros((), x.dtype))
 
 
 def _over_data(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -60,12 +40,18 @@ def split(key: Key[Array, ""] | None, num: int) -> Key[Array, " num"] | list[Non
     return [None] * num if key is None else jax.random.split(key, num)
 
 
-def dense(linear: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+def dense(module: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
     """``x @ kernel + bias``; a deferred kernel is computed here, and once more in the backward pass instead of kept."""
-    if not is_deferred(linear.kernel.get_value()):
-        return linear(x)
-    graph, weights = nnx.split(linear)
-    return jax.checkpoint(lambda weights, x: nnx.merge(graph, materialise(weights))(x))(weights, x)
+    kernel, bias = module.kernel.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has one
+    if not is_deferred(kernel):
+        return linear(x, kernel, bias)
+    return jax.checkpoint(lambda kernel, bias, x: linear(x, materialise(kernel), bias))(kernel, bias, x)
+
+
+def norm(module: nnx.LayerNorm, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Layer norm with the module's weights."""
+    scale, bias = module.scale.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has both
+    return layer_norm(x, scale, bias, epsilon=module.epsilon)
 
 
 class Embeddings(nnx.Module):
@@ -84,7 +70,7 @@ class Embeddings(nnx.Module):
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_position_embeddings)
         self.token_type = embed(config.type_vocab_size)
-        self.norm = layer_norm(config, options, rngs)
+        self.norm = make_norm(config, options, rngs)
         self.rate = config.hidden_dropout_prob
 
     def __call__(
@@ -96,25 +82,24 @@ class Embeddings(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         x = words + self.token_type(types) + self.position(positions)
-        return _over_data(dropout(self.norm(x), self.rate, key))
+        return _over_data(dropout(norm(self.norm, x), self.rate, key))
 
 
 class EncoderLayer(nnx.Module):
     """One transformer layer: self-attention and feed-forward, each with a residual and a norm after it."""
 
     def __init__(self, config: EncoderConfig, *, options: Options, rngs: nnx.Rngs) -> None:
-        linear = partial(make_linear, config, options, options.dtype, rngs)
+        make = partial(make_linear, config, options, options.dtype, rngs)
         width, inner = config.hidden_size, config.intermediate_size
-        self.query = linear(width, width)
-        self.key = linear(width, width)
-        self.value = linear(width, width)
-        self.attention_output = linear(width, width)
-        self.attention_norm = layer_norm(config, options, rngs)
-        self.intermediate = linear(width, inner)
-        self.output = linear(inner, width)
-        self.output_norm = layer_norm(config, options, rngs)
+        self.query = make(width, width)
+        self.key = make(width, width)
+        self.value = make(width, width)
+        self.attention_output = make(width, width)
+        self.attention_norm = make_norm(config, options, rngs)
+        self.intermediate = make(width, inner)
+        self.output = make(inner, width)
+        self.output_norm = make_norm(config, options, rngs)
         self.config = config
-        self.wide = options.wide
 
     def attend(
         self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool
@@ -123,15 +108,11 @@ class EncoderLayer(nnx.Module):
         b, t, d = x.shape
         h = self.config.num_attention_heads
 
-        query, keys, value = (
-            dense(linear, x).reshape(b, t, h, d // h) for linear in (self.query, self.key, self.value)
-        )
+        query, keys, value = (dense(one, x).reshape(b, t, h, d // h) for one in (self.query, self.key, self.value))
         if fuse:
             return fused_attention(query, keys, value, (bias == 0).sum(axis=-1)).reshape(b, t, d)
-        scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=self.wide)
-        probabilities = jax.nn.softmax(scores * (d // h) ** -0.5 + bias[:, None, None, :], axis=-1).astype(x.dtype)
-        probabilities = dropout(probabilities, self.config.attention_probs_dropout_prob, key)
-        return jnp.einsum("bhqk,bkhe->bqhe", probabilities, value).reshape(b, t, d)
+        rate = self.config.attention_probs_dropout_prob
+        return attention(query, keys, value, bias, rate=rate, key=key).reshape(b, t, d)
 
     def __call__(
         self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool = False
@@ -139,9 +120,9 @@ class EncoderLayer(nnx.Module):
         attention_key, output_key, ffn_key = split(key, 3)
         rate = self.config.hidden_dropout_prob
         attended = dense(self.attention_output, self.attend(x, bias, key=attention_key, fuse=fuse))
-        x = _over_data(self.attention_norm(x + dropout(attended, rate, output_key)))
+        x = _over_data(norm(self.attention_norm, x + dropout(attended, rate, output_key)))
         inner = ACTIVATIONS[self.config.hidden_act](dense(self.intermediate, x))
-        return _over_data(self.output_norm(x + dropout(dense(self.output, inner), rate, ffn_key)))
+        return _over_data(norm(self.output_norm, x + dropout(dense(self.output, inner), rate, ffn_key)))
 
 
 class Encoder(nnx.Module):
@@ -275,7 +256,7 @@ def make_linear(
     return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=options.wide, kernel_init=init, rngs=rngs)
 
 
-def layer_norm(config: EncoderConfig, options: Options, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def make_norm(config: EncoderConfig, options: Options, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """A norm over the width."""
     # The fast variance, E[x^2] - E[x]^2, loses too many digits for parity with the reference.
     return nnx.LayerNorm(

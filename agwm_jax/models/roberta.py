@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from agwm_jax.models.encoder import EncoderClassifier, dropout, make_linear, rows_after, split
+from agwm_jax.models.encoder import EncoderClassifier, make_linear, rows_after, split
 from agwm_jax.models.encoder_config import EncoderConfig, is_whole
 from agwm_jax.models.family import FAMILIES, Family, Options, Row
+from agwm_jax.models.layers import dropout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,6 @@ from tests.core.tf32 import in_tf32
 INNER_STEPS = 2
 SEEDS = 3
 STEPS = 10
-TF32_TOLERANCE = 0.02
 
 # A solve of this indefinite system enlarges the rounding of H: an exact one's residual grows from 1e-6 to 0.08.
 SOLVES = {"implicit dense", "implicit conjugate_gradient"}
@@ -71,6 +70,7 @@ def ten_steps(name) -> Run:
     """Jitted steps with a donated state and no transfers, all by one trace."""
     net = network()
     init, step = make_step(net, ALL[name])
+    chex.clear_trace_counter()
     jitted = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=1)
     state = init(0)
     data = [batches(net, index) for index in range(STEPS)]
@@ -187,7 +187,8 @@ class Conformance:
         state, _ = self.last_step(run, in_tf32(run.step))
         found, expected = hypergradient(state), hypergradient(run.states[-1])
         assert not np.array_equal(found, expected)  # it was emulated
-        assert np.linalg.norm(found - expected) < TF32_TOLERANCE * np.linalg.norm(expected)
+        tolerance = 0.1 if run.name in SOLVES else 0.005
+        assert np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
 
     def test_bfloat16_losses_keep_float32_states(self, run):
         _, step = make_step(run.net, ALL[run.name], compute="bfloat16")

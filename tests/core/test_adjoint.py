@@ -102,4 +102,4 @@ def test_the_cotangents_of_the_state(x64):
         return sum(jnp.vdot(c[name], after[name]) for name in c)
 
     expected = jax.grad(value, argnums=(0, 1))(first, params)  # no coordinate of the first gradient is 0
-    chex.assert_trees_all_close((found, of_start.params), expected, rtol=1e-10)
+    chex.assert_trees_all_close((found, of_start.params), expected, rtol=1e-10, atol=1e-14)

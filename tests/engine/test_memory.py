@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import pytest
 
 from agwm_jax.engine import memory
@@ -88,14 +89,8 @@ def test_what_is_counted_is_what_the_program_takes_and_gives(programs):
     """More than its arguments, less than twice of them: the state is donated, not copied."""
     group = Group(build_members(plain, (3,)), layout(), WEIGHTS)
     lanes = Lanes(group, 0)
-    state = sum(x.size * x.dtype.itemsize for x in (*_leaves(lanes.state), *_leaves(group.data)))
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((lanes.state, group.data)))
     assert state < lanes.compile(programs, 4).num_bytes < 2 * state + 20_000
-
-
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 def test_a_cpu_s_devices_share_its_memory(monkeypatch):

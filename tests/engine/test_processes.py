@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,6 +90,24 @@ def test_one_stops_all_one_dies_and_all_end_and_they_go_on_to_the_result_of_one(
         np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        (("node0",), "--coordinator node0: expected host:port of process 0, such as node0:1234"),
+        (("node0:1",), "needs --num-processes N and --process-id I"),
+        (("node0:1", 2, 2), "--process-id 2 is outside 0 to 1, the numbers of --num-processes 2"),
+        (("auto", None, 1), "takes the number of processes from the cluster"),
+        (("auto",), "no cluster was recognised"),
+    ],
+)
+def test_a_mistake_in_the_launch_gets_a_sentence(launch, words, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TPU_", "KUBERNETES_"))]:
+        monkeypatch.delenv(name)
+    with pytest.raises(AgwmError) as caught:
+        processes.connect(processes.Launch(*launch))
+    assert words in str(caught.value)
+
+
 def test_a_folder_that_a_process_does_not_see_is_noticed(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "several", lambda: True)
     monkeypatch.setattr(processes, "any_of", bool)
@@ -104,8 +123,6 @@ def caused(error, cause):
 
 
 def runtime_error(text):
-    import jax
-
     return jax.errors.JaxRuntimeError(text)
 
 

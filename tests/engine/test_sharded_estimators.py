@@ -2,16 +2,15 @@
 
 import pytest
 
-from tests.core.problems import ESTIMATORS
+from agwm_jax import ESTIMATORS
+from tests.core.problems import ALL, registered
 from tests.engine.meshes import assert_equal, attention, on_mesh, on_one_device
 
 # `dense` builds the matrix of its system, 7 000 rows square here, and its exact solve enlarges rounding beyond 1e-5.
-NAMES = [name for name in ESTIMATORS if name != "dense"]
+NAMES = [name for name in registered(ESTIMATORS) if "dense" not in name]
+NAMES += ["unrolled last", "neumann resample", "conjugate_gradient warm"]
 CASES = [(name, 4, 2) for name in NAMES] + [
-    ("unrolled", 8, 1),
-    ("unrolled", 2, 4),
-    ("neumann", 8, 1),
-    ("neumann", 2, 4),
+    (name, *mesh) for name in ("unrolled", "neumann") for mesh in ((8, 1), (2, 4))
 ]
 
 
@@ -19,10 +18,10 @@ class Case:
     """An estimator, the search that suits it and what it gives on one device."""
 
     def __init__(self, name):
-        # Batches beyond the first matter to these two, and taking the inner update anew to the estimator of this name.
-        inner_steps = 2 if name in ("unrolled_last", "neumann_resample") else 1
+        # Batches beyond the first matter to these two; one estimator is tried with the inner update taken anew.
+        inner_steps = 2 if name in ("unrolled last", "neumann resample") else 1
         self.search = attention(inner_steps=inner_steps, rollback=name == "penalty")
-        self.estimator = ESTIMATORS[name]
+        self.estimator = ALL[name]
         (self.expected,) = on_one_device(self.search, self.estimator)
 
 

@@ -19,7 +19,7 @@ from agwm_jax.engine.sharding import (
     place,
 )
 from agwm_jax.errors import AgwmError
-from tests.core.problems import ESTIMATORS
+from tests.core.problems import ALL
 from tests.engine.meshes import (
     POSITIONS,
     VOCABULARY,
@@ -48,14 +48,14 @@ def placement(data=1, model=1, *, seed=1, fully_sharded=False) -> Placement:
 
 @functools.cache
 def alone(name):
-    return on_one_device(bert(rollback=name == "unrolled"), ESTIMATORS[name])[0]
+    return on_one_device(bert(rollback=name == "unrolled"), ALL[name])[0]
 
 
 @functools.cache
 def sharded(name, data, model, fully_sharded):
     """Cached, for some tests look at its numbers and others at its program."""
     search, mesh = bert(rollback=name == "unrolled"), {"data": data, "model": model, "fully_sharded": fully_sharded}
-    return on_mesh(search, ESTIMATORS[name], **mesh)[0]
+    return on_mesh(search, ALL[name], **mesh)[0]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_step_of_bert_is_the_single_device_step(name, data, model, fully_shard
 
 
 def test_a_step_of_bert_moves_all_that_is_compared():
-    before, after = bert().start(ESTIMATORS["unrolled"], 0), alone("unrolled").state
+    before, after = bert().start(ALL["unrolled"], 0), alone("unrolled").state
     for path, x in before.inner.params.items():
         if path != "encoder.layers.key.bias":  # the softmax does not feel it: its gradient is rounding
             assert np.abs(x - after.inner.params[path]).max() > 1e-4, path
@@ -84,9 +84,9 @@ def test_a_step_of_bert_moves_all_that_is_compared():
 
 
 def test_lanes_on_a_mesh_of_all_axes_equal_the_lanes_one_by_one():
-    one_by_one = on_one_device(attention(), ESTIMATORS["unrolled"], lanes=2)
+    one_by_one = on_one_device(attention(), ALL["unrolled"], lanes=2)
     assert abs(one_by_one[0].infos[0]["outer_loss"] - one_by_one[1].infos[0]["outer_loss"]) > 1e-2
-    together = on_mesh(attention(), ESTIMATORS["unrolled"], seed=2, data=2, model=2)
+    together = on_mesh(attention(), ALL["unrolled"], seed=2, data=2, model=2)
     for found, expected in zip(together, one_by_one, strict=True):
         assert_equal(found, expected)
 
@@ -142,9 +142,9 @@ def test_a_model_cut_over_devices_gathers_nothing_of_a_weights_size(name):
 # --- what devices hold -----------------------------------------------------------------------------------------------
 
 
-def state_on(placement, name="conjugate_gradient_warm"):
+def state_on(placement, name="conjugate_gradient warm"):
     """A state of a search whose estimator carries a tree of weights too."""
-    state = bert().start(ESTIMATORS[name], 0)
+    state = bert().start(ALL[name], 0)
     return place(state, placement.of_tree(state, bert().weights, bert().shapes))
 
 
@@ -197,7 +197,7 @@ def test_a_state_takes_less_of_each_device_on_a_larger_mesh():
 def test_bytes_of_shapes_are_those_of_arrays():
     where = placement(4, 2, fully_sharded=True)
     state = state_on(where)
-    shapes = jax.eval_shape(lambda: bert().start(ESTIMATORS["conjugate_gradient_warm"], 0))
+    shapes = jax.eval_shape(lambda: bert().start(ALL["conjugate_gradient warm"], 0))
     shardings = where.of_tree(shapes, bert().weights, bert().shapes)
     assert bytes_per_device(shapes, shardings) == bytes_per_device(state)
     one = jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)

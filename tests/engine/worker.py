@@ -15,6 +15,7 @@ from agwm_jax.engine.checkpoint import Checkpoints
 from agwm_jax.engine.loop import Interrupted
 from agwm_jax.engine.observer import InMemory
 from agwm_jax.engine.sharding import gather_to_main
+from agwm_jax.errors import AgwmError
 from tests.engine.methods import build_members, layout, mixed, train
 
 
@@ -65,7 +66,7 @@ if __name__ == "__main__":
         processes.leave(130)
         sys.exit(130)
     except Exception as error:
-        lost = processes.lost(error)
+        lost = error if isinstance(error, AgwmError) else processes.lost(error)
         print(lost) if lost else traceback.print_exc()
         processes.leave(2 if lost else 1)
         sys.exit(2 if lost else 1)

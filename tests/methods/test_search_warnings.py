@@ -85,7 +85,7 @@ def test_a_diverging_linear_solve_is_told_with_its_remedies():
     (warning,) = search_warnings(search(residual=lambda d: 0.5 + d))
     assert warning.name == "linear_solve_diverged"
     assert "above 1 at 20 of 40 steps (largest finite one 1.5)" in warning.message
-    for remedy in ("hypergradient.step_size", "hypergradient.damping", "gauss_newton"):
+    for remedy in ("method.estimator.solver.step_size", "solver.damping", "gauss_newton"):
         assert remedy in warning.message
     # While it runs; an infinite one, null in metrics.jsonl, counts; a solve that has not converged is none.
     assert names(search(upto=25, residual=lambda d: None if d > 0.5 else 0.1)) == ["linear_solve_diverged"]

@@ -61,8 +61,8 @@ def test_the_same_function_and_derivatives(remat):
 
 
 def wide():
-    """Ten layers whose kernels are much larger than the batch."""
-    small = Small(BertConfig(20, 64, 10, 2, 256, max_position_embeddings=8), 2, (4, 3), 9)
+    """Twenty layers whose kernels are much larger than the batch."""
+    small = Small(BertConfig(20, 64, 20, 2, 256, max_position_embeddings=8), 2, (4, 3), 9)
     return *build(small), batch_of(small)
 
 

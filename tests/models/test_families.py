@@ -25,7 +25,8 @@ from small_models import (
 
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.bert import BertConfig
-from agwm_jax.models.encoder import EncoderLayer, dropout
+from agwm_jax.models.encoder import EncoderLayer
+from agwm_jax.models.layers import dropout
 from agwm_jax.models.family import FAMILIES, Options, build_model, fresh_params
 from agwm_jax.models.huggingface import load_pretrained
 from agwm_jax.models.roberta import RobertaConfig
@@ -101,7 +102,7 @@ def test_a_model_is_the_composition_of_its_functions(family):
 
     whole = jax.jit(lambda params: model.apply(params, batch, key=key))(params)
     np.testing.assert_allclose(composed(params, words), whole, rtol=0, atol=1e-6)
-    assert not np.allclose(composed(params, words + 0.1), whole, atol=1e-3)
+    assert not np.allclose(composed(params, -words), whole, atol=1e-3)
 
 
 def test_positions_of_roberta_count_real_tokens():
@@ -192,7 +193,7 @@ def plain():
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize("options", [{"unroll": 3}, {"unroll": 2, "remat": "dots"}, {"remat": "full"}])
+@pytest.mark.parametrize("options", [{"unroll": 2, "remat": "dots"}, {"remat": "full"}])
 def test_options_do_not_change_the_function(plain, options):
     small = SMALL["gelu_new"]
     model, params = build(small, **options)
