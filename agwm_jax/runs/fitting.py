@@ -108,9 +108,7 @@ def fit(
         layout=Layout(placement),
         weights=model.model.weights,
         observer=observer,
-        checkpoints=None,
         chunk_steps=config.run.chunk_steps,
-        checkpoint_minutes=0,
     )
     (learnt,) = outcome.learnt
     merge = merger(prepared, learnt, placement)

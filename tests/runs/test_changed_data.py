@@ -25,6 +25,7 @@ def command(settings, tmp_path):
     return ["train", *words({**kept, **files, "finetune.epochs": 1}, "vanilla")]
 
 
+@pytest.mark.filterwarnings("always::UserWarning")
 def test_a_corrected_file_is_noticed_and_cut_texts_are_told(command, tmp_path, capsys):
     assert main(command) == 0
     told = capsys.readouterr().err
