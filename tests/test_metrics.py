@@ -69,7 +69,12 @@ def test_constant_scores(constant):
         (("acuracy",), np.zeros((2, 2)), np.array([0, 1]), "there is no metric 'acuracy'; did you mean accuracy"),
         (("pearson",), np.zeros((2, 2)), np.array([0, 1]), "no metric for classification"),
         (("accuracy",), np.zeros((2, 1)), np.array([0.0, 1.0]), "no metric for regression"),
-        (("f1",), np.zeros((2, 3)), np.array([0, 1]), "'f1' needs 2 classes, the task has 3: take accuracy, macro_f1, matthews"),
+        (
+            ("f1",),
+            np.zeros((2, 3)),
+            np.array([0, 1]),
+            "'f1' needs 2 classes, the task has 3: take accuracy, macro_f1, matthews",
+        ),
         (("accuracy",), np.zeros((0, 2)), np.array([], int), "no examples"),
     ],
 )

@@ -14,8 +14,8 @@ from agwm_jax.engine.batches import step_batches
 from agwm_jax.engine.group import each_lane
 from agwm_jax.engine.sharding import make_placement, place
 from agwm_jax.models.bert import BertConfig
-from agwm_jax.models.layers import dropout
 from agwm_jax.models.family import FAMILIES, build_model
+from agwm_jax.models.layers import dropout
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import of_role
 from tests.engine.conftest import QUICKLY

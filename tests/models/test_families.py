@@ -26,9 +26,9 @@ from small_models import (
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.bert import BertConfig
 from agwm_jax.models.encoder import EncoderLayer
-from agwm_jax.models.layers import dropout
 from agwm_jax.models.family import FAMILIES, Options, build_model, fresh_params
 from agwm_jax.models.huggingface import load_pretrained
+from agwm_jax.models.layers import dropout
 from agwm_jax.models.roberta import RobertaConfig
 from agwm_jax.models.weights import LAYERS
 
