@@ -19,6 +19,7 @@ class Deferred:
     part, and `function` must be one that works without that axis. The backward pass computes the weight again.
 
     >>> import jax.numpy as jnp
+    >>> from agwm_jax.core.deferred import Deferred
     >>> kernel = Deferred(lambda w0, w, a: a * w + (1 - a) * w0, (jnp.zeros(3), jnp.ones(3), jnp.full(3, 0.25)))
     >>> kernel.materialise().tolist()
     [0.25, 0.25, 0.25]

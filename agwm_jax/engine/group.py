@@ -1,6 +1,6 @@
 """Members that run side by side: what they share lies on the devices once, and what no function reads does not."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from agwm_jax.core.types import Params
 from agwm_jax.engine import needs
 from agwm_jax.engine.batches import stream
 from agwm_jax.engine.needs import INITIAL, PRETRAINED, Needs, fill, find_needs, stages_as_run
@@ -27,7 +26,7 @@ class Member(NamedTuple):
     seed: int
     method: Method
     """Those of one group are alike but for their plans: the functions of the first serve all."""
-    pretrained: Params
+    pretrained: Mapping[str, Any]
     """By path; the very same array in several members where they share it."""
     data: dict[str, np.ndarray]
     """Columns of its training set."""

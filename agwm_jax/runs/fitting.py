@@ -111,6 +111,7 @@ def fit(
         chunk_steps=config.run.chunk_steps,
     )
     (learnt,) = outcome.learnt
+    assert learnt is not None  # the only member: had it diverged, that would have been raised
     merge = merger(prepared, learnt, placement)
     return conclude(prepared, learnt, merge, how.data, placement, observer.records[0], outcome.seconds)
 

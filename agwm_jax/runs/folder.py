@@ -139,6 +139,5 @@ def differences(theirs: Any, ours: Any, path: str) -> list[str]:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    kept = [{name: section for name, section in x.items() if name not in ("run", "mesh")} for x in (theirs, ours)]
-    seeds = [x["run"]["seed"] for x in (theirs, ours)]
-    return [*differences(*kept, ""), *differences(*seeds, "run.seed")]
+    left, right = ({k: v for k, v in x.items() if k not in ("run", "mesh")} for x in (theirs, ours))
+    return [*differences(left, right, ""), *differences(theirs["run"]["seed"], ours["run"]["seed"], "run.seed")]

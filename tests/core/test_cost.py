@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 
 from agwm_jax import AgwmError, bilevel, hypergrad, init_alpha, linear_solve, mixup_problem, partition, project_alpha
 from agwm_jax.core.cost import matmul_flops
-from agwm_jax.models.bert import BertClassifier, BertConfig
-from agwm_jax.models.functional import functionalize
+from agwm_jax.models.family import FAMILIES, build_model
 from agwm_jax.models.loss import batch_loss
 from tests.core.problems import conjugate_gradient, neumann
 
@@ -84,15 +82,13 @@ def test_a_while_loop_is_counted_where_it_counts_to_a_number():
 @pytest.fixture(scope="module")
 def search():
     """``cost(estimator, k=1, **options)`` of an outer step, in passes of the plain fine-tuning loss; nothing is run."""
-    config = BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    ).with_dropout(0.0)
-    apply, params = functionalize(
-        nnx.eval_shape(lambda: BertClassifier(config, num_labels=2, pooling="mean", rngs=nnx.Rngs(0)))
-    )
-    params = {path: jnp.zeros(w.shape, w.dtype) for path, w in params.items()}
+    family = FAMILIES["bert"].value()
+    sizes = {"vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
+    config = family.read_config({**sizes, "intermediate_size": 1536}).with_dropout(0.0)
+    model, shapes = build_model(family, config, num_labels=2, pooling="mean")
+    params = {path: jnp.zeros(w.shape, w.dtype) for path, w in shapes.items()}
     mixed = r"encoder\.layers\.(query|key|value|attention_output|intermediate|output)\.kernel"
-    parts, loss = partition(params, mixed=mixed), batch_loss(apply, "classification")
+    parts, loss = partition(params, mixed=mixed), batch_loss(model.apply, "classification")
     assert len(parts.mixed) == 6
 
     def batch(*lead):

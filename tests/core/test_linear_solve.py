@@ -248,7 +248,8 @@ def test_a_matrix_drawn_anew_for_each_product(x64):
     for matrix in matrices[:3]:
         expected = expected + ETA * (B - matrix @ expected)
     solver = neumann(num_terms=4, step_size=ETA)
-    np.testing.assert_allclose(solver.solve(matvec, jnp.asarray(B), solver.init(B)).x, expected, rtol=1e-12)
+    b = jnp.asarray(B)
+    np.testing.assert_allclose(solver.solve(matvec, b, solver.init(b)).x, expected, rtol=1e-12)
     assert solver.resamples
     assert gradient_descent(step_size=0.1).resamples
     assert not any(SOLVERS[name].resamples for name in ("conjugate_gradient", "nystrom", "dense"))
