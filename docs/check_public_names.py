@@ -12,13 +12,13 @@ def on_pre_build(config, **kwargs) -> None:
     """Called by mkdocs before anything is built."""
     package = importlib.import_module("agwm_jax")
     pages = "".join(page.read_text() for page in (Path(config["docs_dir"]) / "api").glob("*.md"))
-    shown = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    shown = set(re.findall(r"^::: agwm_jax\.([\w.]+)$", pages, re.MULTILINE))
+    homes = {name: f"{module}.{name}" for module, names in package._HOME.items() for name in names.split()}
     faults = []
     for name in package.__all__:
-        value = getattr(package, name)
-        homes = {f"agwm_jax.{name}", getattr(value, "__module__", "") + f".{name}", getattr(value, "__name__", "")}
-        if not homes & shown:
+        if homes.get(name, package._MODULES.get(name)) not in shown:
             faults.append(f"{name} is on no page of docs/api")
+        value = getattr(package, name)
         if (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value)) and not value.__doc__:
             faults.append(f"{name} has no docstring")
     if faults:
