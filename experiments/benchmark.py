@@ -103,7 +103,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     kind = processor() if device.platform == "cpu" else device.device_kind
     return {
         "setting": f"{name}, {of.config.num_hidden_layers} layers, batch {arguments.batch} x {arguments.length}, "
-        f"{arguments.dtype}, unroll {arguments.unroll}, {arguments.rounds} rounds; {jax.device_count()} x {kind} "
+        f"{arguments.dtype}, unroll {arguments.unroll or 'auto'}, {arguments.rounds} rounds; {jax.device_count()} x {kind} "
         f"({threads()} cores); jax {jax.__version__}, Python {platform.python_version()}",
         "attention": "fused where no second derivatives are taken" if reason is None else f"plain products ({reason})",
         "rows": rows,
@@ -122,7 +122,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--unroll", type=int, default=1, help="layers an iteration of the scan over layers")
+    parser.add_argument("--unroll", type=int, help="layers an iteration of the scan (default: all of up to 6, else 1)")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seeds", type=int, help="side by side; default 4 on a CPU, 10 elsewhere, 0: none")
     parser.add_argument(

@@ -12,6 +12,7 @@ from agwm_jax.core.types import Params
 from agwm_jax.engine.lanes import each_lane
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import METHODS, Context, Method, Setup
+from agwm_jax.methods.optimizers import OptimizerSettings
 from agwm_jax.methods.training import Finetune
 from agwm_jax.models.family import FAMILIES, Options, build_model, fresh_params
 from agwm_jax.models.loss import batch_loss
@@ -93,7 +94,7 @@ def prepare(shape: Shape, options: Options, *, abstract: bool = False) -> Prepar
         kind="classification",
         shapes=shapes,
         frozen=(),
-        finetune=Finetune(),
+        finetune=Finetune(optimizer=OptimizerSettings(gradient_clip=None)),  # as PyTorch's step, which has none
         batch_size=shape.batch,
         num_examples=5 * shape.batch,
         rng=lambda name: np.random.default_rng(0),
@@ -102,11 +103,12 @@ def prepare(shape: Shape, options: Options, *, abstract: bool = False) -> Prepar
 
 
 def method(prepared: Prepared, settings: Mapping[str, Any]) -> Method:
-    """A method by its settings, as a config has them; searches go without rollback where they do not say."""
+    """A method by its settings; searches go without rollback and clip where they do not say."""
     section = METHODS[settings["name"]].value
     own = dict(settings)
     if "search" in section.model_fields:
-        own["search"] = {"rollback": False, **settings.get("search", {})}
+        plain = {"rollback": False, "inner": {"gradient_clip": None}}
+        own["search"] = {**plain, **settings.get("search", {})}
     return section.model_validate(own).build(prepared.setup)
 
 

@@ -123,13 +123,14 @@ def processor() -> str:
     """The CPU's name and its widest vector instructions, where the system says."""
     try:
         with open("/proc/cpuinfo") as file:
-            fields = dict(line.split("\t: ", 1) for line in file.read().splitlines() if "\t: " in line)
+            lines = [line.partition(":") for line in file.read().splitlines()]
     except OSError:
         return "CPU"
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     flags = fields.get("flags", "").split()
     vectors = "AVX-512" if "avx512f" in flags else "AVX2" if "avx2" in flags else "no AVX2"
-    family = f"family {fields.get('cpu family', '?').strip()}, model {fields.get('model', '?').strip()}"
-    return f"{fields.get('model name', 'CPU').strip()} ({family}, {vectors})"
+    family = f"family {fields.get('cpu family', '?')}, model {fields.get('model', '?')}"
+    return f"{fields.get('model name', 'CPU')} ({family}, {vectors})"
 
 
 def free_bytes() -> float:

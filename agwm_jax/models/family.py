@@ -23,8 +23,8 @@ class Options(NamedTuple):
 
     dtype: DTypeLike = jnp.float32
     """Of the computation. Weights, softmax, pooling and head are float32, or float64 where this is."""
-    unroll: int = 1
-    """Layers in one turn of the scan."""
+    unroll: int | None = None
+    """Layers in one turn of the scan; None: all of a small encoder, one of a larger."""
     fuse_attention: bool = True
     """Run cuDNN's fused attention in calls that promise `reverse_only`, unless `fused_refusal` has a reason not to."""
     remat: Remat = "none"

@@ -81,7 +81,7 @@ def load_pretrained(
     dropout: float | None = None,
     seed: int = 0,
     revision: str | None = None,
-    unroll: int = 1,
+    unroll: int | None = None,
     fuse_attention: bool = True,
     remat: Remat = "none",
 ) -> Pretrained:

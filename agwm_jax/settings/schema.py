@@ -23,8 +23,10 @@ class Model(Section):
     frozen: Pattern | None = Field(
         default=None, description="regular expression for the paths that are never trained (whole path)"
     )
-    unroll_layers: int = Field(
-        default=1, ge=1, description="layers an iteration of the scan over layers; more compiles longer"
+    unroll_layers: int | None = Field(
+        default=None,
+        ge=1,
+        description="layers an iteration of the scan over layers, more compiles longer; null: all of up to 6, else 1",
     )
     fuse_attention: bool = Field(
         default=True,
