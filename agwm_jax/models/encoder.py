@@ -22,8 +22,8 @@ from agwm_jax.models.layers import attention, dropout, layer_norm, linear
 from agwm_jax.models.weights import Weight
 
 _FEW_LAYERS = 6
-"""So many in one turn make a training step of MiniLM 10 to 15 % faster than a scan, and its programs compile one and a half
-times as long; more would make compiling the longer part of a short run."""
+"""So many in one turn make a training step of MiniLM 10 to 15 % faster than a scan, and its programs compile one and a
+half times as long; more would make compiling the longer part of a short run."""
 _POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
