@@ -103,8 +103,8 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     kind = processor() if device.platform == "cpu" else device.device_kind
     return {
         "setting": f"{name}, {of.config.num_hidden_layers} layers, batch {arguments.batch} x {arguments.length}, "
-        f"{arguments.dtype}, unroll {arguments.unroll or 'auto'}, {arguments.rounds} rounds; {jax.device_count()} x {kind} "
-        f"({threads()} cores); jax {jax.__version__}, Python {platform.python_version()}",
+        f"{arguments.dtype}, unroll {arguments.unroll or 'auto'}, {arguments.rounds} rounds; {jax.device_count()} x "
+        f"{kind} ({threads()} cores); jax {jax.__version__}, Python {platform.python_version()}",
         "attention": "fused where no second derivatives are taken" if reason is None else f"plain products ({reason})",
         "rows": rows,
         "seeds": side_by_side,
