@@ -47,14 +47,14 @@ def dense(module: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
     """``x @ kernel + bias``; a deferred kernel is computed here, and once more in the backward pass instead of kept."""
     kernel, bias = module.kernel.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has one
     if not is_deferred(kernel):
-        return linear(x, kernel, bias)
+        return linear(x, jnp.asarray(kernel), jnp.asarray(bias))
     return jax.checkpoint(lambda kernel, bias, x: linear(x, materialise(kernel), bias))(kernel, bias, x)
 
 
 def norm(module: nnx.LayerNorm, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Layer norm with the module's weights."""
     scale, bias = module.scale.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has both
-    return layer_norm(x, scale, bias, epsilon=module.epsilon)
+    return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), epsilon=module.epsilon)
 
 
 class Embeddings(nnx.Module):
