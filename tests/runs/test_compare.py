@@ -22,8 +22,11 @@ def command(settings, tmp_path):
     for name, value in settings.items():
         if name.startswith("method."):
             continue
-        section, _, last = {"model": "model.path"}.get(name, name).rpartition(".")
-        said.setdefault(section, {})[last] = yaml.safe_load(str(value))
+        *sections, last = {"model": "model.path"}.get(name, name).split(".")
+        place = said
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = yaml.safe_load(str(value))
     said["run"]["compilation_cache"] = str(tmp_path / "xla")
     config.write_text(yaml.safe_dump(said))
     script = ["experiments/compare_methods.py", "--config", str(config), "--methods", "vanilla", "agwm"]
@@ -45,7 +48,8 @@ def test_ctrl_c_saves_and_the_same_command_finishes(command, tmp_path, request):
     deadline = time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     text = process.communicate()[0]
     assert process.returncode == 130, text
     assert "Traceback" not in text
