@@ -360,3 +360,10 @@ def test_every_setting_is_read_by_some_code():
             checked[section.__name__] += 1
     assert len(checked) > 15
     assert unread == []
+
+
+def test_a_path_is_no_key_of_a_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("run.seed: 3\n")
+    with pytest.raises(AgwmError, match=r"run\.seed: unknown setting; did you mean run: \{seed: \.\.\.\}\?"):
+        load_config(file)

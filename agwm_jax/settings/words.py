@@ -161,8 +161,10 @@ def _unknown(path: str, section: type[Section], chosen: str) -> str:
     folder, _, name = path.rpartition(".")
     settings = list(all_settings())
     # Right but for what was not chosen; else of that name further in; else near to one of this section; else elsewhere.
-    found = [f"{path} (with {s.needs})" for s in settings if f"{s.path}.".startswith(f"{path}.")][:1]
-    found = found or [f"{s.path} (with {s.needs})" for s in settings if folder and _is_in(s.path, folder, name)]
+    found = [_with(path, s.needs) for s in settings if f"{s.path}.".startswith(f"{path}.")][:1]
+    if found == [path]:  # it exists: "run.seed: 1" is one line of a file
+        found = [f"{folder}: {{{name}: ...}}"]
+    found = found or [_with(s.path, s.needs) for s in settings if folder and _is_in(s.path, folder, name)]
     near = nearest(name, section.model_fields)
     if not found and near:
         found = [f"{folder}.{near}".lstrip(".")]
@@ -174,6 +176,10 @@ def _unknown(path: str, section: type[Section], chosen: str) -> str:
     hint = f"; did you mean {' or '.join(list(dict.fromkeys(found))[:3])}?" if found else "."
     here = f" with {chosen}" if chosen else ""
     return f"{path}: unknown setting{here}{hint} Known here: {', '.join(section.model_fields)}"
+
+
+def _with(path: str, needs: str) -> str:
+    return f"{path} (with {needs})" if needs else path
 
 
 def _is_in(path: str, folder: str, name: str) -> bool:
