@@ -195,6 +195,8 @@ class Checkpoints:
         if processes.is_main():
             for step in self._steps():
                 self._remove(step)
+            with contextlib.suppress(OSError):  # something else lies there
+                self._folder.rmdir()
 
     def close(self) -> None:
         """Release the folder, after what is being written; where a process is lost, nothing is waited for."""
