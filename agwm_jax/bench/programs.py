@@ -148,7 +148,7 @@ def _program(fused: Prepared, plain: Prepared, timed: TimedStep, shape: Shape) -
             state = jax.jit(phase.start)(context, key)
             rows = {name: plan[0].shape for name, plan in phase.plan.items()}
             data = {name: texts(number, rows[name], shape.length) for number, name in enumerate(sorted(rows))}
-    return Program(steps[0], steps[1], state, context, data, timed.fb)
+    return Program(steps[0], steps[1], state, context, data, float(timed.fb))
 
 
 def _side_by_side(one: Program, single: str, shape: Shape, seeds: int) -> Program:

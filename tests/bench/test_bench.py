@@ -1,0 +1,114 @@
+"""The benchmark and comparison scripts run on something small; tables and figures come from their rows."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from agwm_jax import AgwmError, hypergrad, linear_solve, load_config
+from agwm_jax.bench.figures import write_figures, write_markdown
+from agwm_jax.bench.hypergradients import Compared, Preset, model_rows
+from agwm_jax.bench.programs import shape
+from agwm_jax.bench.scaling import markdown, rows
+from agwm_jax.bench.search import read_setting
+from agwm_jax.models.family import Options
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "runs"))
+
+from tiny import SETTINGS, words, write_checkpoint  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(quick_compilation):
+    """All of these programs are small."""
+
+
+@pytest.fixture
+def experiments(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+
+
+def test_a_benchmark_writes_its_rows(experiments, monkeypatch, tmp_path):
+    import benchmark
+
+    monkeypatch.setitem(benchmark.SHAPES, "minilm", ("bert", 2, 16, 2, 32))
+    monkeypatch.setattr(benchmark, "matrix_product", lambda dtype: (lambda: None, 1000))
+    only = ["--only", "plain", "first_order", "--seeds", "0", "--compile-layers", "1"]
+    monkeypatch.setattr(
+        "sys.argv", ["benchmark", "--batch", "2", "--length", "8", "--rounds", "2", "--output", str(tmp_path), *only]
+    )
+    assert benchmark.main() == 0
+    (result,) = json.loads((tmp_path / "benchmark.json").read_text())
+    table = (tmp_path / "benchmark.md").read_text()
+    assert [row["program"] for row in result["rows"]] == ["plain step", "search, first_order"]
+    for row in result["rows"]:
+        # Counted from the program, and said beside its name: on so small a model alpha's own products show a little.
+        assert row["fb"] == pytest.approx(row["useful_fb"], rel=0.02)
+        assert row["program"] in table
+    assert [result["rows"][0][name] for name in ("ratio", "fb", "bytes_ratio")] == [1, pytest.approx(1, rel=0.02), 1]
+    assert list(result["compile"]["plain step"]) == ["1"]
+    assert "plain products (the device is no CUDA device" in result["attention"]
+
+
+def test_options_of_a_benchmark(experiments, monkeypatch):
+    import benchmark
+
+    gpu = benchmark.parse(["--preset", "gpu", "--batch", "16"])
+    assert (gpu.device, gpu.shape, gpu.dtype, gpu.batch) == ("gpu", ["bert-base", "bert-large"], "bfloat16", 16)
+    assert benchmark.parse([]).seeds == 4
+    monkeypatch.setattr("sys.argv", ["benchmark", "--device", "tpu"])
+    assert benchmark.main() == 2
+
+
+def test_hypergradients_are_compared_on_a_real_search(tmp_path):
+    settings = {**SETTINGS, "model": write_checkpoint(tmp_path), "method.search.epochs": 6}
+    config = load_config(None, words({**settings, "output": tmp_path / "run"}))
+    estimators = {"first_order": hypergrad.first_order(), "unrolled": hypergrad.unrolled()}
+    reference = hypergrad.implicit(linear_solve.conjugate_gradient(num_steps=5, damping=0.1), curvature="gauss_newton")
+    preset = Preset((4,), (1.0,), 5, outer_steps=3, orders=1, searched=("first_order",), terms=(1,))
+    found = model_rows(read_setting(config, 12), preset, Compared(estimators, reference, "first_order", "unrolled"))
+
+    def value(part, name, quantity):
+        (row,) = [r for r in found if (r["part"], r["estimator"], r["quantity"]) == (part, name, quantity)]
+        return row["value"]
+
+    assert value("cost", "first_order", "fb") == pytest.approx(2, rel=0.02)
+    assert value("cost", "unrolled", "fb") == pytest.approx(4, rel=0.02)
+    assert value("points", "reference", "response to direct") > 0
+    assert -1 <= value("points", "unrolled", "cosine") <= 1
+    # The direct term alone, in a search of its own, leads elsewhere than alpha that is held.
+    losses = [value("search", name, "fitted loss, equal steps") for name in ("first_order", "alpha held")]
+    assert losses[0] != losses[1]
+    with pytest.raises(AgwmError, match=r"outer steps, 100 are needed: raise method\.search\.epochs"):
+        read_setting(config, 100)
+
+
+def test_the_table_and_the_figures_come_from_the_rows(tmp_path):
+    kinds = {"fb": float, "anchor": float, "value": float, "step": int, "order": int, "terms": int}
+    with (ROOT / "docs/hypergradient_comparison.csv").open(newline="") as file:
+        found = [{k: kinds.get(k, str)(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    table = write_markdown(found, tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text() == table
+    assert all(path.stat().st_size > 50_000 for path in write_figures(found, tmp_path))
+    page = (ROOT / "docs/hypergradients.md").read_text()
+    first = table.split("\n\n")[0].splitlines()
+    cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in first}
+    for name in ("unrolled", "neumann 5", "conjugate_gradient 5, GN", "nystrom 10, GN", "penalty 10"):
+        fb, seconds, gigabytes = cells[name][:3]
+        assert f"| {fb} | {seconds} | {gigabytes} |" in page, name
+
+
+def test_memory_is_that_of_compiled_shapes_and_falls_with_devices():
+    models = {"tiny": shape("bert", 2, 32, 4, 64, batch=8, length=16)}
+    meshes = {
+        "1": {"data": 1, "model": 1, "fully_sharded": False},
+        "8": {"data": 4, "model": 2, "fully_sharded": True},
+    }
+    alone, shared = rows(models, {"plain": {"name": "vanilla"}}, meshes, Options())
+    assert shared.gigabytes < 0.5 * alone.gigabytes
+    assert alone.collectives == {}
+    assert shared.collectives["all-gather"] > 0
+    assert "| tiny, plain |" in markdown([alone, shared])
