@@ -132,6 +132,63 @@ class Choice:
         )
 
 
+class Several:
+    """A field that holds the settings of any number of registered things, a mapping by name; a list of names is short.
+
+    Used as ``Annotated[Any, Several(REGISTRY, base)]``; as with `Choice` they are looked up when settings are read.
+    The value is a section with one field a thing, None where it was not named; its ``chosen`` are those that were.
+    """
+
+    def __init__(self, registry: Registry[Any], base: type[Section]):
+        """Those of the registry that are a `base`."""
+        self.registry, self.base = registry, base
+
+    def section(self) -> type[Section]:
+        """The section of all that there are."""
+        values = {entry.name: entry for entry in self.registry.entries() if issubclass(entry.value, self.base)}
+        return _several(tuple((name, entry.value, entry.summary) for name, entry in values.items()))
+
+    def validate(self, value: Any) -> Section:
+        """The section out of a mapping, a list of names or one name."""
+        if isinstance(value, _Several):
+            return value
+        names = [value] if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            value = {name: {} for name in names}
+        if not isinstance(value, dict):
+            raise PydanticCustomError("several_type", "not a section")
+        return self.section().model_validate({name: {} if x in (None, True) else x for name, x in value.items()})
+
+    def __get_pydantic_core_schema__(self, source, handler):
+        """For pydantic."""
+        del source, handler
+        return core_schema.no_info_plain_validator_function(
+            self.validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda section, info: {each.name: each.model_dump(mode=info.mode) for each in section.chosen},
+                info_arg=True,
+            ),
+        )
+
+
+class _Several(Section):
+    """What `Several.section` makes."""
+
+    @property
+    def chosen(self) -> tuple[Any, ...]:
+        """Those that were named, sorted by name."""
+        found = (getattr(self, name) for name in type(self).model_fields)
+        return tuple(each for each in found if each is not None)
+
+
+@cache
+def _several(things: tuple[tuple[str, type[Section], str], ...]) -> type[Section]:
+    fields: dict[str, Any] = {
+        name: (value | None, Field(default=None, description=text)) for name, value, text in things
+    }
+    return create_model("several", __base__=_Several, **fields)
+
+
 def marks(field: FieldInfo, kind: type) -> Iterator[Any]:
     """What a field's annotation carries of a kind (`Choice`, `Located`, a section), at any depth of it."""
     parts: list[Any] = [*field.metadata, field.annotation]
@@ -146,6 +203,9 @@ def inside(field: FieldInfo | None, value: Any) -> type[Section] | None:
     """The section that a field with this raw value holds; None: it holds no section, or one that does not exist."""
     if field is None:
         return None
+    several = next(marks(field, Several), None)
+    if several is not None:
+        return several.section()
     choice = next(marks(field, Choice), None)
     if choice is not None:
         name = choice.chosen(value)

@@ -11,7 +11,8 @@ import yaml
 
 import agwm_jax
 from agwm_jax.errors import AgwmError
-from agwm_jax.section import Choice, Section, inside, marks
+from agwm_jax.methods.technique import Technique
+from agwm_jax.section import Choice, Section, _Several, inside, marks
 from agwm_jax.settings import Config, all_settings, config_fingerprint, dump_config, load_config, seed_configs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -322,7 +323,8 @@ def sections(
     section: type[Section] = Config, name: str = "config", key: str = ""
 ) -> Iterator[tuple[type[Section], str, str]]:
     """Every section below one, with the name of the setting that holds it and the key that chose it."""
-    yield section, name, key
+    if not issubclass(section, _Several):  # a technique's name stands before its settings, as a key
+        yield section, name, "name" if issubclass(section, Technique) else key
     for inner_name, field in section.model_fields.items():
         choice = next(marks(field, Choice), None)
         held = [choice.section(option) for option in choice.registry] if choice else [inside(field, {})]

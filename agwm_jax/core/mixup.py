@@ -135,7 +135,12 @@ def anchor_penalty(changes: Params, anchor: float | Scalar) -> Scalar:
 
 
 def mixup_problem(
-    loss: LossFn, partition: Partition, *, complement: Complement = "convex", anchor: float | Scalar = 0.0
+    loss: LossFn,
+    partition: Partition,
+    *,
+    validation_loss: LossFn | None = None,
+    complement: Complement = "convex",
+    anchor: float | Scalar = 0.0,
 ) -> Problem:
     """The bi-level problem of weight mixup (arXiv 2403.12918): inner variable W and outer variable alpha.
 
@@ -144,6 +149,7 @@ def mixup_problem(
             `Composite`, the inner loss is one too, with W - W0 among its outputs where there is an anchor.
         partition: of the pretrained weights. Pass these through `jax.jit` as an argument and build partition and
             problem inside, so that the weights do not become constants of the program.
+        validation_loss: of the same form, the outer loss; None: `loss`.
         complement: see `mix`.
         anchor: strength of ``anchor / 2 * |W - W0|^2`` over the mixed weights in the inner loss; at 0 the exact
             hypergradient vanishes at the inner optimum wherever A > 0.
@@ -166,11 +172,13 @@ def mixup_problem(
     def changes(task: Params) -> Params:
         return {path: task[path] - pretrained[path] for path in anchored}
 
+    of_outer = loss if validation_loss is None else validation_loss
+
     def outer_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
-        return loss(effective(task, alpha), batch)
+        return of_outer(effective(task, alpha), batch)
 
     def inner_loss(task: Params, alpha: Alpha, batch: Batch) -> Scalar:
-        return outer_loss(task, alpha, batch) + anchor_penalty(changes(task), anchor)
+        return loss(effective(task, alpha), batch) + anchor_penalty(changes(task), anchor)
 
     if not isinstance(loss, Composite):
         return Problem(inner_loss, outer_loss)
@@ -191,7 +199,7 @@ def alpha_statistics(alpha: Alpha) -> dict[str, Scalar]:
     if not alpha:
         raise AgwmError("alpha has no gates to describe; expected what `init_alpha` gives.")
     gates = [gate(factors) for factors in alpha.values()]
-    total = sum(a.size for a in gates)
+    total = float(sum(a.size for a in gates))  # as an integer it may be beyond 32 bits
 
     def average(fn) -> Scalar:
         return jnp.asarray(sum(jnp.sum(fn(a)) for a in gates) / total)

@@ -147,17 +147,22 @@ class _Solver:
 
     def __init__(self, settings: Agwm, setup: Setup, mixture: Mixture, plan: Plan):
         steps, inner_steps = plan["inner"].shape[:2]
-        search, weights = settings.search, setup.model.weights
+        search = settings.search
         self._search, self._setup, self._mixture = search, setup, mixture
         self._estimator = settings.estimator.build()
-        self._loss = setup.loss(reverse_only=not self._estimator.forward_mode)
-        self._inner_tx = search.inner.build(num_steps=steps * inner_steps, weights=weights)
-        self._outer_tx = search.outer.build(num_steps=steps, weights=weights)
+        reverse_only = not self._estimator.forward_mode
+        self._loss, self._validation_loss = (
+            setup.training_loss(reverse_only=reverse_only),
+            setup.loss(reverse_only=reverse_only),
+        )
+        self._inner_tx = setup.optimizer(search.inner, num_steps=steps * inner_steps)
+        self._outer_tx = search.outer.build(num_steps=steps, weights=setup.model.weights)
 
     def _bilevel(self, pretrained) -> BilevelSolver:
         problem = mixup_problem(
             self._loss,
             self._mixture.partition(pretrained),
+            validation_loss=self._validation_loss,
             complement=self._mixture.settings.complement,
             anchor=self._search.anchor,
         )

@@ -12,7 +12,18 @@ from pydantic import Field
 from agwm_jax.core.types import Batch, Params, Scalar
 from agwm_jax.data.plan import epoch_plan
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.interface import METHODS, Batches, Context, Info, Method, MethodSettings, Phase, Setup, Variables
+from agwm_jax.methods.interface import (
+    METHODS,
+    Batches,
+    Context,
+    Hooks,
+    Info,
+    Method,
+    MethodSettings,
+    Phase,
+    Setup,
+    Variables,
+)
 from agwm_jax.methods.training import TASK, mean_gradient, replace_weights, start_at_pretrained, training_phase
 
 MASK = "mask"
@@ -46,7 +57,7 @@ class ChildTuningD(MethodSettings):
                 TASK: {path: g * mask[path].astype(g.dtype) if path in mask else g for path, g in grads[TASK].items()}
             }
 
-        stages = ((_fisher_phase(setup, self.p),), (training_phase(setup, gradient=masked),))
+        stages = ((_fisher_phase(setup, self.p),), (training_phase(setup, hooks=(Hooks(gradient=masked),)),))
         return Method(start_at_pretrained(setup), stages, replace_weights)
 
 

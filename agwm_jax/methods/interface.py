@@ -1,10 +1,12 @@
 """What a fine-tuning method is: settings that build stages of phases and a merge, by which the engine runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import Array, Int, Key
 
 from agwm_jax.core.types import Batch, Composite, Params, Scalar
@@ -14,6 +16,8 @@ from agwm_jax.registry import Registry
 from agwm_jax.section import Section
 
 if TYPE_CHECKING:
+    from agwm_jax.methods.optimizers import OptimizerSettings
+    from agwm_jax.methods.technique import Technique
     from agwm_jax.methods.training import Finetune
 
 Variables = dict[str, Any]
@@ -76,6 +80,28 @@ Stage = tuple[Phase, ...]
 their `finish` is called in order."""
 
 
+ValueAndGrad = Callable[[Variables], tuple[Scalar, Variables]]
+"""``value_and_grad(trained)`` of a step's batch."""
+
+
+class Hooks(NamedTuple):
+    """What a technique changes within the steps of a `training_phase`; None changes nothing.
+
+    All are pure. `variables` and `grads` are dicts by collection; `key` is the technique's own at this step.
+    """
+
+    perturb: Callable[[Context, Variables, Key[Array, ""]], Variables] | None = None
+    """``perturb(context, variables, key) -> variables`` of the forward pass; the gradient goes through it."""
+    penalty: Callable[[Context, Variables], Scalar] | None = None
+    """``penalty(context, variables)``, added to the objective."""
+    differentiate: Callable[[ValueAndGrad, Variables], tuple[Scalar, Variables]] | None = None
+    """``differentiate(value_and_grad, trained) -> (value, grads)``: where the gradient is taken."""
+    gradient: Callable[[Variables, Context, Key[Array, ""]], Variables] | None = None
+    """``gradient(grads, context, key) -> grads``, before the optimiser."""
+    update: Callable[[Variables, Variables, Context, Variables, Int[Array, ""]], Variables] | None = None
+    """``update(updates, grads, context, trained, step) -> updates``, after the optimiser; added to `trained`."""
+
+
 class Method(NamedTuple):
     """A fine-tuning method, ready for the engine."""
 
@@ -129,6 +155,24 @@ class Setup(NamedTuple):
     """Random numbers for a use of that name; they depend on the run's seed and the name alone."""
     accumulate: int = 1
     """Into how many parts a batch is cut, whose gradients are summed; a bi-level search takes its batches whole."""
+    rows: Mapping[str, range] = MappingProxyType({})
+    """Rows of what `MethodSettings.reads` names, below those of the training set in one table; for plans."""
+    objective: Callable[..., Composite] | None = None
+    """Of the form of `loss`, and what training minimises where a technique has made another objective of it."""
+    techniques: "tuple[Technique, ...]" = ()
+    """What changes the training; see `Technique`."""
+
+    @property
+    def training_loss(self) -> Callable[..., Composite]:
+        """`objective`, or `loss` where no technique has changed it: what every phase that trains W minimises."""
+        return self.loss if self.objective is None else self.objective
+
+    def optimizer(self, settings: "OptimizerSettings", *, num_steps: int) -> optax.GradientTransformation:
+        """The optimiser of model weights, or of what stands for them, as the techniques change it."""
+        tx = settings.build(num_steps=num_steps, weights=self.model.weights)
+        for technique in self.techniques:
+            tx = technique.change_optimizer(tx, self)
+        return tx
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -136,15 +180,28 @@ class Setup(NamedTuple):
         return tuple(path for path in self.model.weights if path not in self.frozen)
 
 
+Part = Literal["objective", "gradient", "weights", "start", "end"]
+"""Of a training: the loss of a batch; its gradient or the optimiser; the model's own weights W beside their start W0;
+where they start; what is made of them at the end."""
+
+
 class MethodSettings(Section):
     """The base of a method's settings; the file that holds them registers them in `METHODS`."""
 
     name: str
 
+    open_to: ClassVar[frozenset[str]] = frozenset(get_args(Part))
+    """What techniques may change of this method."""
+
     @property
     def extra_passes(self) -> int:
         """Passes over the training set beside those of `Finetune`."""
         return 0
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the phases read beside the training set: names of splits, or paths of labelled files."""
+        return ()
 
     def build(self, setup: Setup) -> Method:
         """The method for one seed.

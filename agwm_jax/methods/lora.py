@@ -1,6 +1,6 @@
 """LoRA: low-rank changes of some kernels are trained, and the head; all else stays pretrained."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class Lora(MethodSettings):
     gradients and moments of what is trained only. Source: Hu et al. 2021 (arXiv 2106.09685), section 4.
     """
 
+    open_to: ClassVar = frozenset({"objective", "gradient", "end"})
     name: Literal["lora"] = Field(default="lora", description="fine-tuning method")
     r: int = Field(default=8, ge=1, description="rank of the change")
     alpha: float = Field(default=16.0, gt=0, description="a; the product of the factors is scaled by a/r")
@@ -80,7 +81,7 @@ class Lora(MethodSettings):
         phase = training_phase(
             setup,
             plan=plan,
-            tx=optimizer.build(num_steps=len(plan["train"]), weights=weights),
+            tx=setup.optimizer(optimizer, num_steps=len(plan["train"])),
             trains=(TASK, LORA),
             forward=forward,
         )

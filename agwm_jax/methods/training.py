@@ -1,6 +1,7 @@
 """The phase that nearly every method is made of: minimise a loss over some variables with one optimiser."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from agwm_jax.core.inner import InnerState
 from agwm_jax.core.types import Batch, Params, Scalar
 from agwm_jax.data.plan import epoch_plan
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.interface import Batches, Context, Info, Phase, Plan, Setup, Variables
+from agwm_jax.methods.interface import Batches, Context, Hooks, Info, Method, Phase, Plan, Setup, Variables
 from agwm_jax.methods.optimizers import OptimizerSettings
 from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import Weights
@@ -112,46 +113,48 @@ def training_phase(
     *,
     name: str = "finetune",
     plan: Plan | None = None,
+    batch: str = "train",
     tx: optax.GradientTransformation | None = None,
     objective: Objective | None = None,
     trains: Sequence[str] = (TASK,),
     forward: Forward | None = None,
-    penalty: Callable[[Context, Variables], Scalar] | None = None,
-    gradient: Callable[[Variables, Context, Key[Array, ""]], Variables] | None = None,
-    update: Callable[[Variables, Context, Variables, Int[Array, ""]], Variables] | None = None,
+    project: Callable[[Variables], Variables] | None = None,
     keeps: Sequence[str] = (),
+    hooks: Sequence[Hooks] = (),
 ) -> Phase:
-    """Minimise ``objective(forward(W0, variables), batch) + penalty`` over some collections, with a fresh optimiser.
+    """Minimise ``objective(forward(W0, variables), batch)`` over some collections, with a fresh optimiser.
 
     Args:
-        setup: of the method; its ``accumulate`` parts of a batch are taken in turn, with the same noise of `forward`.
+        setup: of the method. Its ``accumulate`` parts of a batch are taken in turn, with the same noise of `forward`;
+            its techniques act here.
         name: of the phase.
-        plan: ``{"train": [steps, b]}``; None: `finetune_plan`.
+        plan: with ``[steps, b]`` rows for `batch`; None: `finetune_plan`.
+        batch: which one of the plan's is trained on.
         tx: optimiser; None: as `Finetune` says, over the length of the plan.
-        objective: ``objective(params, batch)``, a mean over the batch's real examples; None: the task's loss.
+        objective: ``objective(params, batch)``, a mean over the batch's real examples; None: `Setup.training_loss`.
         trains: collections that are trained; they start where earlier phases left them.
         forward: ``forward(pretrained, variables, key) -> weights of the forward pass``; the key is the step's own.
             None: W where trained, else W0.
-        penalty: ``penalty(context, variables)``, added to the objective.
-        gradient: ``gradient(grads, context, key) -> grads``, before the optimiser; these are dicts by collection.
-        update: ``update(updates, context, trained, step) -> updates``, after the optimiser: what is added to `trained`.
+        project: ``project(trained) -> trained``, after every update.
         keeps: collections beside `trains` that outlive the phase; all others that earlier phases left end here.
+        hooks: of the method itself, before those of the setup's techniques.
 
     Raises:
         AgwmError: a batch cannot be cut into ``setup.accumulate`` equal parts.
 
-    Cost: 1 fb a step.
+    Cost: 1 fb a step, and what the hooks add.
     """
     plan = finetune_plan(setup) if plan is None else plan
-    steps, batch_size = plan["train"].shape
+    steps, batch_size = plan[batch].shape
     if batch_size % setup.accumulate:
         raise AgwmError(
             f"a batch of {batch_size} examples cannot be cut into {setup.accumulate} equal parts for the accumulation "
             "of gradients: give a number of parts that divides the batch size."
         )
-    tx = setup.finetune.optimizer.build(num_steps=steps, weights=setup.model.weights) if tx is None else tx
-    objective = setup.loss(reverse_only=True) if objective is None else objective
+    tx = setup.optimizer(setup.finetune.optimizer, num_steps=steps) if tx is None else tx
+    objective = setup.training_loss(reverse_only=True) if objective is None else objective
     forward = _plain_forward if forward is None else forward
+    hooks = (*hooks, *(technique.hooks(setup, num_steps=steps) for technique in setup.techniques))
 
     def start(context: Context, key: Key[Array, ""]) -> InnerState:
         del key
@@ -161,23 +164,46 @@ def training_phase(
     def step(
         state: InnerState, context: Context, batches: Batches, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[InnerState, Info]:
+        keys = _hook_keys(key, len(hooks))
+
         def loss(trained: Variables, batch: Batch) -> Scalar:
             variables = {**context.learnt, **trained}
-            value = objective(forward(context.pretrained, variables, key), batch)
-            return value if penalty is None else value + penalty(context, variables)
+            noisy = variables
+            for hook, own in zip(hooks, keys, strict=True):
+                noisy = noisy if hook.perturb is None else hook.perturb(context, noisy, own)
+            value = objective(forward(context.pretrained, noisy, key), batch)
+            for hook in hooks:
+                value = value if hook.penalty is None else value + hook.penalty(context, variables)
+            return value
 
-        value, grads = mean_gradient(loss, state.params, batches["train"], parts=setup.accumulate)
-        if gradient is not None:
-            grads = gradient(grads, context, key)
+        def value_and_grad(trained: Variables) -> tuple[Scalar, Variables]:
+            return mean_gradient(loss, trained, batches[batch], parts=setup.accumulate)
+
+        for hook in hooks:
+            if hook.differentiate is not None:
+                value_and_grad = partial(hook.differentiate, value_and_grad)
+        value, grads = value_and_grad(state.params)
+        for hook, own in zip(hooks, keys, strict=True):
+            grads = grads if hook.gradient is None else hook.gradient(grads, context, own)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        if update is not None:
-            updates = update(updates, context, state.params, step)
-        return InnerState(optax.apply_updates(state.params, updates), opt_state), {"loss": value}
+        for hook in hooks:
+            updates = updates if hook.update is None else hook.update(updates, grads, context, state.params, step)
+        trained = optax.apply_updates(state.params, updates)
+        return InnerState(trained if project is None else project(trained), opt_state), {"loss": value}
 
     def finish(context: Context, state: InnerState) -> Variables:
         return {**{name: context.learnt[name] for name in keeps}, **state.params}
 
     return Phase(name, plan, start, step, finish)
+
+
+def plain_fine_tuning(setup: Setup) -> Method:
+    """All weights trained in one phase: what techniques change where they are a method of their own."""
+    return Method(start_at_pretrained(setup), ((training_phase(setup),),), replace_weights)
+
+
+def _hook_keys(key: Key[Array, ""], count: int) -> list[Key[Array, ""]]:
+    return [jax.random.fold_in(key, number) for number in range(count)]
 
 
 def _plain_forward(pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Params:

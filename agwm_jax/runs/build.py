@@ -1,10 +1,13 @@
 """From settings to what is trained: the task with its draw, the model, the method, and one seed's random streams."""
 
+import math
+import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +15,14 @@ import numpy as np
 
 from agwm_jax import metrics
 from agwm_jax.core.types import Composite
-from agwm_jax.data.encode import Draw, EncodingReport, encode_draws
+from agwm_jax.data.columns import read_labelled
+from agwm_jax.data.encode import MULTIPLE, Draw, Encoded, EncodingReport, encode_draws
+from agwm_jax.data.sources.base import file_digests
 from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.engine.group import Member
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Method, MethodSettings, Setup
+from agwm_jax.methods.technique import Technique, compose
 from agwm_jax.methods.training import Finetune
 from agwm_jax.models.huggingface import Pretrained, in_the_labels_unit, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
@@ -28,6 +34,7 @@ class Recipe(NamedTuple):
     """How a task is learnt, whatever its seed."""
 
     method: MethodSettings
+    techniques: tuple[Technique, ...]
     finetune: Finetune
     data: Data
     frozen: str | None = None
@@ -44,12 +51,19 @@ class Prepared(NamedTuple):
     pretrained: Pretrained
     """With the seed's head."""
     method: Method
+    rows: Mapping[str, range]
+    """Of what the method reads beside the training set, in `table`."""
 
     @property
     def member(self) -> Member:
         """What the engine trains."""
-        data = self.draw.encoded["train"]
-        return Member(self.seed, self.method, self.pretrained.params, data, stream_key(self.seed, "dropout"))
+        return Member(self.seed, self.method, self.pretrained.params, self.table, stream_key(self.seed, "dropout"))
+
+    @property
+    def table(self) -> Encoded:
+        """The training set, and below it what else the method reads."""
+        encoded = self.draw.encoded
+        return stacked([encoded["train"], *(encoded[name] for name in self.rows)]) if self.rows else encoded["train"]
 
     @property
     def train_size(self) -> int:
@@ -59,7 +73,8 @@ class Prepared(NamedTuple):
 
 def recipe(config: Config) -> Recipe:
     """What a config says of it."""
-    return Recipe(config.method, config.finetune, config.data, config.model.frozen, config.task.train_size)
+    techniques = config.techniques.chosen
+    return Recipe(config.method, techniques, config.finetune, config.data, config.model.frozen, config.task.train_size)
 
 
 def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared, ...]:
@@ -69,8 +84,29 @@ def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared,
         AgwmError: see `prepare`; the data or the model cannot be read.
     """
     task = config.task.load()
+    texts, label = config.task.columns()
+    own = {
+        path: read_labelled(path, task, text_columns=texts, label_column=label, separator=config.task.separator)
+        for path in files_read(config)
+        if path not in task.splits
+    }
+    task = task._replace(splits={**task.splits, **own})
     pretrained = read_model(config, task)
     return prepare(task, pretrained, recipe(config), seeds=(config.run.seed,) if seeds is None else seeds)
+
+
+def files_read(config: Config) -> tuple[str, ...]:
+    """Labelled files that the method reads beside the task's splits."""
+    return tuple(name for name in config.method.reads if os.path.isabs(name))
+
+
+def digests(config: Config) -> dict[str, str]:
+    """SHA-256 of the user's own files that a run reads, by path.
+
+    Raises:
+        AgwmError: a file is missing or cannot be read.
+    """
+    return {**config.task.digests(), **file_digests(files_read(config))}
 
 
 def read_model(config: Config, task: Task, path: str | None = None) -> Pretrained:
@@ -113,11 +149,44 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
     for seed, draw in zip(seeds, draws, strict=True):
         own = seeded(pretrained, seed, draw.scale)
         size = len(draw.encoded["train"]["labels"])
-        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size)
-        found.append(Prepared(seed, draw, own, method))
+        rows = rows_read(recipe.method.reads, {name: len(split["labels"]) for name, split in draw.encoded.items()})
+        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size, rows=rows)
+        found.append(Prepared(seed, draw, own, method, rows))
     for warning in truncations(found[0].draw.reports):
         warnings.warn(warning["message"], stacklevel=2)
     return tuple(found)
+
+
+def rows_read(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, range]:
+    """Rows of these splits in a table that has the training set first; `sizes` are those of all splits.
+
+    Raises:
+        AgwmError: there is no such split.
+    """
+    found, first = {}, sizes["train"]
+    for name in names:
+        if name not in sizes:
+            hint = ": task.train_size draws one" if name == "development" else ""
+            raise AgwmError(
+                f"the method reads the split {name!r}, which the task lacks (it has {', '.join(sizes)}){hint}."
+            )
+        found[name] = range(first, first + sizes[name])
+        first += sizes[name]
+    return found
+
+
+def stacked(splits: Sequence[Encoded]) -> Encoded:
+    """Splits one below the other, at the length of the first, or more where a text of another one needs it."""
+    width = splits[0]["input_ids"].shape[1]
+    for split in splits[1:]:
+        longest = int((split["attention_mask"] * np.arange(1, split["attention_mask"].shape[1] + 1)).max())
+        width = max(width, math.ceil(longest / MULTIPLE) * MULTIPLE)
+
+    def fitted(column: np.ndarray) -> np.ndarray:
+        missing = max(0, width - column.shape[1]) if column.ndim > 1 else 0
+        return np.pad(column, ((0, 0), (0, missing)))[:, :width] if column.ndim > 1 else column
+
+    return {name: np.concatenate([fitted(split[name]) for split in splits]) for name in splits[0]}
 
 
 def check_length(pretrained: Pretrained, data: Data) -> None:
@@ -146,7 +215,15 @@ def seeded(pretrained: Pretrained, seed: int, scale: LabelScale | None) -> Pretr
     return pretrained._replace(params=in_the_labels_unit(pretrained.params, pretrained.model, *inverse))
 
 
-def build_setup(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int, num_examples: int) -> Setup:
+def build_setup(
+    recipe: Recipe,
+    pretrained: Pretrained,
+    kind: str,
+    *,
+    seed: int,
+    num_examples: int,
+    rows: Mapping[str, range] = MappingProxyType({}),
+) -> Setup:
     """What a method is built from; its data order follows from the seed alone, so that methods are paired by seed."""
     model, pattern = pretrained.model, recipe.frozen
 
@@ -165,12 +242,13 @@ def build_setup(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int,
         num_examples=num_examples,
         rng=partial(stream_rng, seed),
         accumulate=recipe.data.accumulate,
+        rows=rows,
     )
 
 
-def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, *, seed: int, num_examples: int) -> Method:
-    """The method for one seed."""
-    return recipe.method.build(build_setup(recipe, pretrained, kind, seed=seed, num_examples=num_examples))
+def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, **of_seed: Any) -> Method:
+    """The method for one seed, with its techniques; see `build_setup`."""
+    return compose(recipe.method.build, recipe.techniques, build_setup(recipe, pretrained, kind, **of_seed))
 
 
 def truncations(reports: Mapping[str, EncodingReport]) -> list[dict[str, str]]:

@@ -12,10 +12,10 @@ from agwm_jax.data.files import check_extension
 from agwm_jax.data.predictions import read_texts, write_predictions
 from agwm_jax.data.tasks import LabelScale, Task, low_resource
 from agwm_jax.errors import AgwmError
-from agwm_jax.runs.build import build_method, check_length, read_model, recipe, seeded
+from agwm_jax.runs.build import build_method, check_length, read_model, recipe, rows_read, seeded
 from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
 from agwm_jax.runs.folder import read_config, read_result, weights_digest
-from agwm_jax.runs.variables import Origin, load_variables
+from agwm_jax.runs.variables import Origin, load_variables, method_settings
 from agwm_jax.settings.schema import Config
 
 Place = str | os.PathLike[str]
@@ -59,9 +59,11 @@ def load_run(folder: Place, *, model: str | None = None) -> Run:
     check_length(pretrained, how.data)
     scale = result["label_scale"] and LabelScale(**result["label_scale"])
     own = seeded(pretrained, result["seed"], scale)
-    method = build_method(how, own, task.kind, seed=result["seed"], num_examples=result["train_size"])
+    size, others = result["train_size"], result.get("reads", {})
+    rows = rows_read(list(others), {"train": size, **others})
+    method = build_method(how, own, task.kind, seed=result["seed"], num_examples=size, rows=rows)
     shapes = method.learnt_shapes(own.params)
-    learnt = load_variables(folder, shapes, Origin(config.method.model_dump(mode="json"), weights_digest(own.params)))
+    learnt = load_variables(folder, shapes, Origin(method_settings(config), weights_digest(own.params)))
     params = jax.jit(method.merge)(own.params, jax.tree.map(jnp.asarray, learnt))
     return Run(config, result, FittedModel(task, own, params, scale, how.data))
 

@@ -65,6 +65,7 @@ def fit(
     seed: int = 0,
     finetune: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    techniques: Sequence[str] | Mapping[str, Any] = (),
     frozen: str | None = None,
 ) -> Result:
     """Fine-tune a model in memory; what `agwm train` does, without a folder.
@@ -82,6 +83,7 @@ def fit(
             scored, to such pairs. Texts that are pairs make a task of pairs; labels that are floats a regression.
         seed: of everything that is drawn.
         finetune, data: these sections of a config; what is left out is at its default.
+        techniques: what changes the training, by name, with settings or without.
         frozen: pattern of the paths that are never trained.
 
     Raises:
@@ -89,7 +91,7 @@ def fit(
         Diverged: a loss, a hypergradient or a weight is not finite.
     """
     chosen = method.model_dump(mode="json") if isinstance(method, MethodSettings) else method
-    sections: dict[str, Any] = {"method": chosen, "finetune": finetune, "data": data}
+    sections: dict[str, Any] = {"method": chosen, "finetune": finetune, "data": data, "techniques": techniques}
     config = parse_config({name: section for name, section in sections.items() if section is not None})
     whole = as_task(task)
     wanted = max(1, len(whole.label_names))
@@ -151,7 +153,7 @@ def conclude(
     model = FittedModel(draw.task, prepared.pretrained, merge(prepared, learnt), draw.scale, data, placement)
     scores, groups = {}, {}
     for name, encoded in draw.encoded.items():
-        if name != "train":
+        if name != "train" and not os.path.isabs(name):  # a file that the method alone reads is not scored
             split, logits = draw.task.splits[name], model.logits(encoded)
             scores[name] = model.scores(split, logits)
             groups[name] = model.group_scores(split, logits)

@@ -18,13 +18,16 @@ from agwm_jax.settings.schema import Config
 _PACKAGES = ("agwm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
-def describe(config: Config, found: Result, *, train_size: int, data: Mapping[str, str]) -> dict[str, Any]:
+def describe(
+    config: Config, found: Result, *, train_size: int, reads: Mapping[str, int], data: Mapping[str, str]
+) -> dict[str, Any]:
     """Everything that is worth keeping of a finished run, as JSON takes it.
 
     Args:
         config: of the run.
         found: what the run learnt.
         train_size: number of its training examples.
+        reads: number of examples of what else the method reads, by name.
         data: `TaskSource.digests` of the user's files that it read.
     """
     task, scale = found.model.task, found.model.scale
@@ -33,9 +36,10 @@ def describe(config: Config, found: Result, *, train_size: int, data: Mapping[st
     return {
         "task": task.name,
         "model": config.model.path,
-        "method": config.method.name,
+        "method": "+".join([config.method.name, *(each.name for each in config.techniques.chosen)]),
         "seed": found.seed,
         "train_size": train_size,
+        "reads": dict(reads),
         "metric": metric,
         "split": split,
         "score": found.scores[split][metric],

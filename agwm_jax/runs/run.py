@@ -22,13 +22,13 @@ from agwm_jax.engine.sharding import SEED, check_model, gather_to_main, make_pla
 from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.methods.interface import Variables
 from agwm_jax.runs import folder as run_folder
-from agwm_jax.runs.build import Prepared, build
+from agwm_jax.runs.build import Prepared, build, digests
 from agwm_jax.runs.finished import export
 from agwm_jax.runs.fitting import Merge, conclude, merger
 from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
 from agwm_jax.runs.recorder import Recorder, Told
 from agwm_jax.runs.result import describe
-from agwm_jax.runs.variables import Origin, save_variables
+from agwm_jax.runs.variables import Origin, method_settings, save_variables
 from agwm_jax.settings import Config, seed_configs, use_deterministic_kernels
 
 
@@ -60,7 +60,7 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
     folders = [Path(one.run.output) for one in configs]
     for folder, one in zip(folders, configs, strict=True):
         run_folder.check(folder, one)
-    data = config.task.digests()
+    data = digests(config)
     for folder in folders:
         _refuse_changed_data(folder, data)
     diverged: dict[int, str] = {}
@@ -123,7 +123,7 @@ class _Seed(NamedTuple):
     @property
     def origin(self) -> Origin:
         digest = run_folder.weights_digest(self.prepared.pretrained.params)
-        return Origin(self.config.method.model_dump(mode="json"), digest)
+        return Origin(method_settings(self.config), digest)
 
 
 class _Training:
@@ -243,7 +243,8 @@ class _Training:
         found.seconds["evaluate"] = time.perf_counter() - began
         weights = list(self.weights)
         save_variables(seed.folder, host, origin, weights=weights, task=config.run.save_weights)
-        result = describe(config, found, train_size=prepared.train_size, data=self.data)
+        sizes = {name: len(rows) for name, rows in prepared.rows.items()}
+        result = describe(config, found, train_size=prepared.train_size, reads=sizes, data=self.data)
         run_folder.write_result(seed.folder, {**result, "mesh": self.placement.describe(), "side_by_side": beside})
 
 

@@ -14,6 +14,7 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Variables
 from agwm_jax.methods.training import TASK
 from agwm_jax.runs.folder import differences, whole_file
+from agwm_jax.settings.config import Config, parse_config
 
 FILE = "variables.safetensors"
 FORMAT = "agwm_jax.variables.v1"
@@ -104,7 +105,7 @@ def _check_origin(folder: Path, metadata: Mapping[str, str], origin: Origin) -> 
         )
     if not json.loads(metadata["complete"]):
         raise AgwmError(f"{folder} has no trained weights: the run was made with run.save_weights false.")
-    method = json.loads(metadata["method"])
+    method = _with_new_defaults(json.loads(metadata["method"]))
     changes = differences(method, dict(origin.method), "method")
     if changes:
         raise AgwmError(
@@ -117,6 +118,22 @@ def _check_origin(folder: Path, metadata: Mapping[str, str], origin: Origin) -> 
             "nothing without it. Restore that checkpoint, say with --model PATH where it lies now, or pin "
             "model.revision when you train from a hub."
         )
+
+
+def method_settings(config: Config) -> dict[str, Any]:
+    """What of a config decides what the variables mean."""
+    techniques = config.techniques.chosen
+    beside = {"techniques": {each.name: each.model_dump(mode="json") for each in techniques}} if techniques else {}
+    return {**config.method.model_dump(mode="json"), **beside}
+
+
+def _with_new_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as an older version wrote them, with what it did not know at its default."""
+    method = {name: value for name, value in settings.items() if name != "techniques"}
+    try:
+        return method_settings(parse_config({"method": method, "techniques": settings.get("techniques", {})}))
+    except AgwmError:  # a setting that exists no longer: named as a difference
+        return settings
 
 
 def _names(variables: Variables) -> dict[str, Any]:

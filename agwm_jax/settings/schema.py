@@ -6,8 +6,9 @@ from pydantic import Field, Strict, model_validator
 
 from agwm_jax.data.sources.base import TASK_SOURCES
 from agwm_jax.methods.interface import METHODS
+from agwm_jax.methods.technique import Technique, check_techniques
 from agwm_jax.methods.training import Finetune
-from agwm_jax.section import Choice, FolderOrName, Pattern, Section, refuse
+from agwm_jax.section import Choice, FolderOrName, Pattern, Section, Several, refuse
 
 
 class Model(Section):
@@ -123,6 +124,14 @@ class Config(Section):
     model: Model = Field(default=Model(), description="the pretrained encoder")
     data: Data = Field(default=Data(), description="tokens and batches")
     method: Annotated[Any, Choice(METHODS, default="agwm")] = Field(default={}, description="how to fine-tune")
+    techniques: Annotated[Any, Several(METHODS, Technique)] = Field(
+        default={}, description="what changes the training of the method; a section for each, or a list of names"
+    )
     finetune: Finetune = Field(default=Finetune(), description="the last stage of every method: passes, optimiser")
     mesh: Mesh = Field(default=Mesh(), description="the devices, and what each holds")
     run: Run = Field(default=Run(), description="seed, folder, checkpoints")
+
+    @model_validator(mode="after")
+    def _techniques_fit_the_method(self):
+        check_techniques(self.method, self.techniques.chosen)  # an AgwmError is a ValueError
+        return self

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from agwm_jax.errors import did_you_mean, nearest
-from agwm_jax.section import Choice, Section, inside, marks
+from agwm_jax.section import Choice, Section, Several, inside, marks
 from agwm_jax.settings.schema import Config
 from agwm_jax.settings.strict_yaml import one_line
 
@@ -42,7 +42,11 @@ def all_settings(
     for name, field in section.model_fields.items():
         path, default = f"{prefix}{name}", getattr(defaults, name, field.default)
         choice, holds = next(marks(field, Choice), None), inside(field, {})
-        if choice is not None:
+        if holds is not None and any(marks(field, Several)):
+            names = ", ".join(holds.model_fields)
+            yield Setting(path, f"a section with any of {names}, or a list", "{}", field.description or "", needs)
+            yield from all_settings(holds, f"{path}.", needs, skip="name")
+        elif choice is not None:
             names = f"one of {', '.join(choice.registry)}"
             chosen = choice.chosen(default) or "required"
             yield Setting(f"{path}.{choice.key}", names, chosen, field.description or "", needs)
@@ -51,7 +55,7 @@ def all_settings(
                 both = f"{needs}, {on}" if needs else on
                 yield from all_settings(choice.section(option), f"{path}.", both, skip=choice.key)
         elif holds is not None:
-            yield from all_settings(holds, f"{path}.", needs, default)
+            yield from all_settings(holds, f"{path}.", needs, default, skip=skip)
         elif name != skip:
             shown = "required" if field.is_required() else one_line(default)
             yield Setting(path, _allowed(field), shown, field.description or "", needs)
@@ -76,6 +80,9 @@ def _allowed(field: FieldInfo) -> str:
     choice = next(marks(field, Choice), None)
     if choice is not None:
         return f"settings with {choice.key}: {', '.join(choice.registry)}"
+    several = next(marks(field, Several), None)
+    if several is not None:
+        return f"a section with any of {', '.join(several.section().model_fields)}, or a list of them"
     return _in_words(field.annotation, field.metadata)
 
 

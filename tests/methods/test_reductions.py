@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from harness import pretrained_weights, run, setup_of, training_set
+from harness import pretrained_weights, run, setup_of, tiny_model, training_set
 
 from agwm_jax.methods.interface import METHODS, Context
 
@@ -27,6 +27,9 @@ ROWS = {
     "l2_sp, decoupled, at strength 0": ("l2_sp", {"strength": 0.0, "head_strength": 0.0, "decoupled": True}),
     "mixout at p 0": ("mixout", {"p": 0.0, "roles": ["kernel", "bias", "norm", "embedding"]}),
     "child_tuning_d at p 1": ("child_tuning_d", {"p": 1.0}),
+    "llrd at decay 1": ("llrd", {"decay": 1.0}),
+    "swa over one step": ("swa", {"share": 0.01}),
+    "ema at decay 0": ("ema", {"decay": 0.0}),
     "frozen_alpha at A 1": ("frozen_alpha", {"mixup": {"noise": 0.0}}),
     "agwm whose search leaves A 1 and W0": (
         "agwm",
@@ -42,6 +45,16 @@ def test_a_row_is_vanilla_bit_for_bit(row, vanilla):
     np.testing.assert_array_equal(trained.losses, vanilla.losses)
     for path, weight in vanilla.weights.items():
         np.testing.assert_array_equal(trained.weights[path], weight)
+
+
+def test_r_drop_at_a_0_is_vanilla_bit_for_bit_where_both_passes_are_alike():
+    still = setup_of(model=tiny_model(dropout=0))
+    found = [
+        run(METHODS[name].value.model_validate({"name": name, **settings}).build(still), PRETRAINED, jax.random.key(3))
+        for name, settings in (("vanilla", {}), ("r_drop", {"a": 0.0}))
+    ]
+    chex.assert_trees_all_equal(found[0].weights, found[1].weights)
+    np.testing.assert_array_equal(found[0].losses, found[1].losses)
 
 
 def test_lora_starts_at_the_pretrained_logits_bit_for_bit():

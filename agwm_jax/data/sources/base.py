@@ -4,7 +4,7 @@ Settings are read without the libraries that read data: a source imports those i
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,14 +56,23 @@ class TaskSource(Section):
         Raises:
             AgwmError: a file is missing or cannot be read.
         """
-        found = {}
-        for path in self.data_files():
-            try:
-                with open(path, "rb") as file:
-                    found[path] = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise AgwmError(f"{path} cannot be read: {error.strerror}.") from None
-        return found
+        return file_digests(self.data_files())
+
+
+def file_digests(paths: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files, by path.
+
+    Raises:
+        AgwmError: a file is missing or cannot be read.
+    """
+    found = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise AgwmError(f"{path} cannot be read: {error.strerror}.") from None
+    return found
 
 
 TASK_SOURCES: Registry[type[TaskSource]] = Registry("task source", "task_sources", "agwm_jax.data.sources")
