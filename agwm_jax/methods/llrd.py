@@ -1,18 +1,13 @@
 """Layer-wise learning-rate decay: the nearer a layer is to the input, the smaller its steps."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.tree_util import DictKey
 from pydantic import Field
 
 from agwm_jax.methods.interface import METHODS, Setup
+from agwm_jax.methods.layers import from_the_top, scale_by_layer
 from agwm_jax.methods.technique import Technique
-from agwm_jax.models.weights import Weights, num_layers
 
 
 @METHODS.register("llrd", cost="1", paper="arXiv 1801.06146, 2006.05987")
@@ -34,36 +29,3 @@ class Llrd(Technique):
         """Updates times the factor of their layer."""
         depths = from_the_top(setup)
         return optax.chain(tx, scale_by_layer({path: self.decay**depth for path, depth in depths.items()}, setup))
-
-
-def from_the_top(setup: Setup) -> dict[str, np.ndarray]:
-    """How many layers lie above each weight: 0 of pooler and head; ``[l]``, l to 1, of a weight stacked over l layers.
-
-    Embeddings have l + 1.
-    """
-    weights: Weights = setup.model.weights
-    count = num_layers(weights, {path: shape.shape for path, shape in setup.shapes.items()})
-    top = max([count + 1, *(weight.depth or 0 for weight in weights.values())])
-    return {
-        path: np.asarray(top - (np.arange(1, count + 1) if weight.depth is None else weight.depth))
-        for path, weight in weights.items()
-    }
-
-
-def scale_by_layer(factors: Mapping[str, Any], setup: Setup) -> optax.GradientTransformation:
-    """Leaves times the factor of the weight that the last known key on their way names; one number, or one a layer."""
-    weights = setup.model.weights
-
-    def scaled(path, x):
-        known = [entry.key for entry in path if isinstance(entry, DictKey) and entry.key in factors]
-        if not known:
-            return x
-        factor = np.asarray(factors[known[-1]])
-        shape = (-1, *[1] * (x.ndim - 1)) if weights[known[-1]].is_stacked else ()
-        return x * jnp.asarray(factor.reshape(shape), x.dtype)
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree_util.tree_map_with_path(scaled, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

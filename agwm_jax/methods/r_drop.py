@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from pydantic import Field
 
 from agwm_jax.core.types import Batch, Composite, Scalar
+from agwm_jax.methods.divergence import divergence
 from agwm_jax.methods.interface import METHODS, Setup
 from agwm_jax.methods.technique import Technique
 from agwm_jax.models.model import Effective
@@ -50,16 +50,3 @@ class RDrop(Technique):
 def _second(batch: Batch) -> Batch:
     """The batch with another dropout key."""
     return {**batch, "key": jax.random.fold_in(batch["key"], 1)} if "key" in batch else batch
-
-
-def divergence(first: Float[Array, "b c"], second: Float[Array, "b c"], batch: Batch, kind: str) -> Scalar:
-    """``KL(p, q) + KL(q, p)`` of two logits, or their squared difference for a regression; a mean over real examples.
-
-    Both directions together are ``sum (p - q) (log p - log q)``.
-    """
-    if kind == "regression":
-        each = (first[:, 0] - second[:, 0]) ** 2
-    else:
-        log_p, log_q = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
-        each = jnp.sum((jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), -1)
-    return jnp.sum(each * batch["weight"]) / jnp.sum(batch["weight"])

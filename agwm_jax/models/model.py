@@ -35,8 +35,19 @@ class Model(NamedTuple):
         self, params: Effective, batch: Batch, *, key: Key[Array, ""] | None = None, reverse_only: bool = False
     ) -> Float[Array, "b c"]:
         """Logits of a batch: the composition of the three functions, with dropout where there is a key."""
+        return self.from_embedded(params, self.embed(params, batch), batch, key=key, reverse_only=reverse_only)
+
+    def from_embedded(
+        self,
+        params: Effective,
+        embedded: Float[Array, "b t d"],
+        batch: Batch,
+        *,
+        key: Key[Array, ""] | None = None,
+        reverse_only: bool = False,
+    ) -> Float[Array, "b c"]:
+        """What `apply` makes of the word embeddings; equal keys are equal dropout."""
         features_key, head_key = (None, None) if key is None else jax.random.split(key)
-        embedded = self.embed(params, batch)
         features = self.features(params, embedded, batch, key=features_key, reverse_only=reverse_only)
         return self.logits(params, features, key=head_key)
 
