@@ -2,12 +2,11 @@
 
 from typing import ClassVar, Literal
 
-import jax
 from jaxtyping import Array
 from pydantic import Field
 
 from agwm_jax.core.types import Batch, Composite, Scalar
-from agwm_jax.methods.divergence import divergence
+from agwm_jax.methods.divergence import divergence, noise_key
 from agwm_jax.methods.interface import METHODS, Setup
 from agwm_jax.methods.technique import Technique
 from agwm_jax.models.model import Effective
@@ -48,5 +47,5 @@ class RDrop(Technique):
 
 
 def _second(batch: Batch) -> Batch:
-    """The batch with another dropout key."""
-    return {**batch, "key": jax.random.fold_in(batch["key"], 1)} if "key" in batch else batch
+    """The batch with a dropout key of its own."""
+    return {**batch, "key": noise_key(batch["key"])} if "key" in batch else batch

@@ -1,4 +1,4 @@
-"""What the engine does with a method, of every registered one: cut short and continued, and on a mesh of two devices."""
+"""Every registered method in the engine: cut short and continued, and on a mesh of two devices."""
 
 import chex
 import jax
