@@ -12,7 +12,13 @@ from agwm_jax.methods.interface import METHODS
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Settings that make a run short; everything else is at its default.
-SETTINGS = {"agwm": {"search": {"num_splits": 2, "epochs": 1, "validation_fraction": 0.4}}}
+FIRST = {"epochs": 1, "validation_fraction": 0.4}
+SETTINGS = {
+    "agwm": {"search": {"num_splits": 2, **FIRST}},
+    "restart": {"first": FIRST},
+    "soup": {"num_splits": 2, "first": FIRST},
+    "model_stock": {"num_runs": 2},
+}
 
 
 def build(name, setup):
