@@ -171,4 +171,6 @@ def keep_of_each(
 def bernoulli(key: Key[Array, ""], shapes: dict[str, tuple[int, ...]], share: float) -> Mask:
     """Each entry True with that probability; a stream of its own within the step's key."""
     keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(b"dps")), len(shapes))
-    return {path: jax.random.bernoulli(own, share, shape) for (path, shape), own in zip(shapes.items(), keys, strict=True)}
+    return {
+        path: jax.random.bernoulli(own, share, shape) for (path, shape), own in zip(shapes.items(), keys, strict=True)
+    }

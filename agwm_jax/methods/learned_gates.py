@@ -75,11 +75,11 @@ class LearnedGates(MethodSettings):
 
         def init(pretrained: Params, key: Key[Array, ""]) -> Variables:
             del key
-            return {TASK: task_weights(setup, pretrained), GATES: gates.start(self.log_alpha)}
+            return {TASK: task_weights(setup, pretrained), GATES: gates.start(pretrained, self.log_alpha)}
 
         def penalty(context: Context, variables: Variables) -> Scalar:
             del context
-            return self.penalty * gates.open_share(variables[GATES])
+            return self.penalty * gates.open_share(variables[TASK], variables[GATES])
 
         phase = training_phase(
             setup,
@@ -94,7 +94,7 @@ class LearnedGates(MethodSettings):
             forward=gates.forward,
             hooks=(Hooks(penalty=penalty),) if self.penalty > 0 else (),
         )
-        phase = phase._replace(monitor=lambda state: gates.statistics(state.params[GATES]))
+        phase = phase._replace(monitor=lambda state: gates.statistics(state.params[TASK], state.params[GATES]))
         return Method(init, ((phase,),), gates.merge)
 
 
@@ -108,88 +108,75 @@ class Gates:
 
     def __init__(self, settings: LearnedGates, setup: Setup):
         """Raises AgwmError where `settings` do not fit the model."""
-        self._weights = setup.model.weights
+        self._weights, self._group = setup.model.weights, settings.group
         self.paths = _gated(settings.gated, setup)
-        if settings.group == "head":
-            self._check_heads(setup)
-        self._shapes = {path: self._gates_of(path, settings.group, setup) for path in self.paths}
-        self._sizes = {path: setup.shapes[path].shape for path in self.paths}
-        self._dtypes = {path: jnp.promote_types(setup.shapes[path].dtype, jnp.float32) for path in self.paths}
+        self._heads = _num_heads(setup, self.paths) if settings.group == "head" else 1
 
         def mixture(pretrained: Array, task: Array, gate: Array) -> Array:
             return (gate * task + (1 - gate) * pretrained).astype(task.dtype)
 
         self._mixture = mixture
 
-    def _check_heads(self, setup: Setup) -> None:
-        heads = setup.model.num_heads
-        with_heads = [path for path in self.paths if HEADS in self._weights[path].axes]
-        if heads is None or not with_heads:
-            missing = "does not say how many attention heads it has" if heads is None else "has no gated kernel of heads"
-            raise AgwmError(f"method.group is head, and the model {missing}: choose matrix or neuron.")
-        for path in with_heads:
-            size = setup.shapes[path].shape[self._weights[path].axes.index(HEADS)]
-            if size % heads:
-                raise AgwmError(f"method.group is head, and {path} has {size} columns for {heads} heads: no multiple.")
+    def start(self, pretrained: Params, log_alpha: float) -> dict[str, Array]:
+        """All gates alike; an axis that they do not tell apart has size 1."""
+        return {path: self._start(path, pretrained[path], log_alpha) for path in self.paths}
 
-    def _gates_of(self, path: str, group: Group, setup: Setup) -> tuple[int, ...]:
-        """Shape of one kernel's gates: an axis that they do not tell apart has size 1."""
-        axes, shape = self._weights[path].axes, setup.shapes[path].shape
-        stack = shape[:-2]
-        if group == "neuron":
-            return (*stack, 1, shape[-1])
-        if group == "head" and HEADS in axes[-2:]:
-            found = [setup.model.num_heads if axis == HEADS else 1 for axis in axes[-2:]]
-            return (*stack, *(size or 1 for size in found))
-        return (*stack, 1, 1)
-
-    def start(self, log_alpha: float) -> dict[str, Array]:
-        """All gates alike."""
-        return {path: jnp.full(shape, log_alpha, self._dtypes[path]) for path, shape in self._shapes.items()}
+    def _start(self, path: str, weight: Array, log_alpha: float) -> Array:
+        *stack, _, d_out = weight.shape
+        rows, columns = 1, 1
+        if self._group == "neuron":
+            columns = d_out
+        elif self._group == "head":
+            rows, columns = (self._heads if axis == HEADS else 1 for axis in self._weights[path].axes[-2:])
+        return jnp.full((*stack, rows, columns), log_alpha, jnp.promote_types(weight.dtype, jnp.float32))
 
     def forward(self, pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
         """With gates drawn for this step, layer by layer within the model."""
         keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(b"gates")), len(self.paths))
         drawn = {path: draw(own, variables[GATES][path]) for path, own in zip(self.paths, keys, strict=True)}
-        operands = self._operands(pretrained, variables, drawn)
+        operands = self._operands(pretrained, variables[TASK], drawn)
         return {**replace_weights(pretrained, variables), **in_layers(self._weights, self._mixture, operands)}
 
     def merge(self, pretrained: Params, variables: Variables) -> Params:
         """`Method.merge`: with the gates as they stand without noise."""
         still = {path: settled(log_alpha) for path, log_alpha in variables[GATES].items()}
-        operands = self._operands(pretrained, variables, still)
-        return {**replace_weights(pretrained, variables), **{p: self._mixture(*x) for p, x in operands.items()}}
+        mixed = {p: self._mixture(*x) for p, x in self._operands(pretrained, variables[TASK], still).items()}
+        return {**replace_weights(pretrained, variables), **mixed}
 
-    def _operands(self, pretrained: Params, variables: Variables, gates: Mapping[str, Array]):
-        return {
-            path: (pretrained[path], variables[TASK][path], self._spread(path, gates[path])) for path in self.paths
-        }
+    def _operands(self, pretrained: Params, task: Params, gates: Mapping[str, Array]) -> dict[str, tuple[Array, ...]]:
+        return {path: (pretrained[path], task[path], spread(gates[path], task[path])) for path in self.paths}
 
-    def _spread(self, path: str, gates: Array) -> Array:
-        """Gates of heads as one a column or row; others are broadcast as they are."""
-        for axis in (-2, -1):
-            size, count = self._sizes[path][axis], gates.shape[axis]
-            if count not in (1, size):
-                gates = jnp.repeat(gates, size // count, axis)
-        return gates
-
-    def open_share(self, gates: Mapping[str, Array]) -> Scalar:
+    def open_share(self, task: Params, gates: Mapping[str, Array]) -> Scalar:
         """Expected share of all gated weights whose gate is not 0."""
-        total = sum(math.prod(size) for size in self._sizes.values())
-        opened = [
-            math.prod(self._sizes[path]) / total * jnp.mean(open_probability(gates[path])) for path in self.paths
-        ]
-        return sum(opened[1:], start=opened[0])
+        return self._average(task, {path: open_probability(gates[path]) for path in self.paths})
 
-    def statistics(self, gates: Mapping[str, Array]) -> dict[str, Scalar]:
+    def statistics(self, task: Params, gates: Mapping[str, Array]) -> dict[str, Scalar]:
         """Mean of the gates without noise over all gated weights, and the share of weights whose gate is 0."""
-        total = sum(math.prod(size) for size in self._sizes.values())
+        still = {path: settled(gates[path]) for path in self.paths}
+        shut = {path: (z == 0).astype(z.dtype) for path, z in still.items()}
+        return {"gates_mean": self._average(task, still), "gates_shut": self._average(task, shut)}
 
-        def average(fn) -> Scalar:
-            parts = [math.prod(self._sizes[p]) / total * jnp.mean(fn(settled(gates[p]))) for p in self.paths]
-            return sum(parts[1:], start=parts[0])
+    def _average(self, task: Params, values: Mapping[str, Array]) -> Scalar:
+        """Over weights, of what is known of their groups; those of one kernel are of one size."""
+        total = sum(task[path].size for path in self.paths)
+        return jnp.sum(jnp.stack([task[path].size / total * jnp.mean(values[path]) for path in self.paths]))
 
-        return {"gates_mean": average(lambda z: z), "gates_shut": average(lambda z: (z == 0).astype(z.dtype))}
+
+def spread(gates: Float[Array, "*l gi go"], weight: Float[Array, "*l d_in d_out"]) -> Float[Array, "*l ei eo"]:
+    """Gates of heads as one a column or row; others are broadcast as they are."""
+    for axis in (-2, -1):
+        count, size = gates.shape[axis], weight.shape[axis]
+        gates = gates if count in (1, size) else jnp.repeat(gates, size // count, axis)
+    return gates
+
+
+def _num_heads(setup: Setup, paths: tuple[str, ...]) -> int:
+    weights, heads = setup.model.weights, setup.model.num_heads
+    found = [path for path in paths if HEADS in weights[path].axes[-2:]]
+    if heads is None or not found:
+        missing = "does not say how many attention heads it has" if heads is None else "gates no kernel with heads"
+        raise AgwmError(f"method.group is head, and the model {missing}: choose matrix or neuron, or widen gated.")
+    return heads
 
 
 def _gated(pattern: str | None, setup: Setup) -> tuple[str, ...]:

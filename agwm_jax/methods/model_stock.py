@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from pydantic import Field
 
 from agwm_jax.core import trees
@@ -61,7 +61,7 @@ class ModelStock(MethodSettings):
         if size < setup.batch_size:
             raise AgwmError(
                 f"method.num_runs is {self.num_runs}: a part of {setup.num_examples} training examples would have "
-                f"{size}, fewer than one batch of {setup.batch_size}: give fewer runs, a smaller batch or more examples."
+                f"{size}, fewer than one batch of {setup.batch_size}: give fewer runs, a smaller batch or more data."
             )
         order = setup.rng("parts").permutation(setup.num_examples).astype(np.int32)
         parts = order[: self.num_runs * size].reshape(self.num_runs, size)
@@ -72,7 +72,7 @@ class ModelStock(MethodSettings):
         ]
 
 
-def unit_change(weights: Weights, path: str, task: Float[Array, "..."], start: Float[Array, "..."]):
+def unit_change(weights: Weights, path: str, task: Array, start: Array) -> Array:
     """``(W - W0) / |W - W0|`` in float32 or better, of each layer where they are stacked; 0 where nothing changed."""
     change = (task - start).astype(jnp.promote_types(task.dtype, jnp.float32))
     return change / trees.divisor(jnp.sqrt(_sum_of_squares(weights, path, change)))

@@ -3,17 +3,19 @@
 from collections.abc import Callable, Sequence
 
 import jax
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Int, Int32, Key
 from pydantic import Field
 
-from agwm_jax.methods.agwm import InnerOptimizer, Search
-from agwm_jax.methods.interface import Batches, Context, Method, Phase, Plan, Setup, Stage, State, Variables
+from agwm_jax.data.plan import epoch_plan, split_indices
+from agwm_jax.methods.agwm import InnerOptimizer
+from agwm_jax.methods.interface import Batches, Context, Info, Method, Phase, Plan, Setup, Stage, State, Variables
 from agwm_jax.methods.training import Finetune, replace_weights, start_at_pretrained, training_phase
 from agwm_jax.section import Section
 
 Keep = Callable[[Context, Variables, int], Variables]
-"""``keep(context, learnt, index) -> learnt``: what is left after run `index`; ``context.learnt`` is what the runs before
-left, `learnt` what this one ends with."""
+"""``keep(context, learnt, index) -> learnt``: what is left after run `index`, which ended with `learnt`;
+``context.learnt`` is what was left before."""
 
 
 def runs_side_by_side(setup: Setup, plans: Sequence[Plan], *, name: str, keep: Keep, batch: str = "train") -> Stage:
@@ -56,6 +58,12 @@ class FirstStage(Section):
     )
     optimizer: InnerOptimizer = Field(default=InnerOptimizer(), description="optimiser of the task weights W")
 
+    def plan(self, setup: Setup, index: int) -> Int32[np.ndarray, "steps b"]:
+        """Rows of the passes over the training part of a split: those of agwm's inner batches."""
+        rng = setup.rng(f"search-{index}")
+        train, _ = split_indices(setup.num_examples, validation_fraction=self.validation_fraction, rng=rng)
+        return epoch_plan(train, batch_size=setup.batch_size, epochs=self.epochs, rng=rng)
+
 
 def two_stages(setup: Setup, first: FirstStage, *, num_splits: int) -> Method:
     """Runs on random parts of the training set, the mean of all their weights, then `finetune` with a fresh optimiser.
@@ -63,18 +71,16 @@ def two_stages(setup: Setup, first: FirstStage, *, num_splits: int) -> Method:
     The splits, the order of the data and the dropout are those of `agwm` with as many splits and one inner step: phases
     and batches are named alike.
     """
-    search = Search(epochs=first.epochs, validation_fraction=first.validation_fraction, num_splits=num_splits)
-    plans = [plan["inner"] for plan in search.plans(setup)]  # [steps, 1, b]
+    plans = [{"inner": first.plan(setup, index)} for index in range(num_splits)]
     own = setup._replace(finetune=Finetune(epochs=first.epochs, optimizer=first.optimizer))
-    runs = runs_side_by_side(
-        own, [{"inner": plan[:, 0]} for plan in plans], name="search", keep=running_mean, batch="inner"
-    )
+    runs = runs_side_by_side(own, plans, name="search", keep=running_mean, batch="inner")
     (step,) = {run.step for run in runs}
 
-    def step_of_one_batch(state: State, context: Context, batches: Batches, key: Key[Array, ""], number):
+    def step_of_one_batch(
+        state: State, context: Context, batches: Batches, key: Key[Array, ""], number: Int[Array, ""]
+    ) -> tuple[State, Info]:
         return step(state, context, {"inner": jax.tree.map(lambda x: x[0], batches["inner"])}, key, number)
 
-    stage = tuple(
-        run._replace(plan={"inner": plan}, step=step_of_one_batch) for run, plan in zip(runs, plans, strict=True)
-    )
+    # agwm's batches are [k, b], each with a dropout key split off: these are too, with k = 1.
+    stage = tuple(run._replace(plan={"inner": run.plan["inner"][:, None]}, step=step_of_one_batch) for run in runs)
     return Method(start_at_pretrained(setup), (stage, (training_phase(setup),)), replace_weights)
