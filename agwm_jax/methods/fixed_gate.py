@@ -34,18 +34,19 @@ class FixedGate(MethodSettings):
     def build(self, setup: Setup) -> Method:
         """The method for one seed."""
         weights = setup.model.weights
+        of_kernels = set(of_role(weights, "kernel"))
         mixed = [path for path in of_role(weights, *self.roles) if path not in setup.frozen]
 
         def mixture(pretrained: Array, task: Array) -> Array:
             return self.gate * task + (1 - self.gate) * pretrained
 
-        def forward(pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
-            del key
-            operands = {path: (pretrained[path], variables[TASK][path]) for path in mixed}
-            return {**replace_weights(pretrained, variables), **in_layers(weights, mixture, operands)}
-
         def merge(pretrained: Params, variables: Variables) -> Params:
             found = {path: mixture(pretrained[path], variables[TASK][path]) for path in mixed}
             return {**replace_weights(pretrained, variables), **found}
+
+        def forward(pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
+            del key
+            kernels = {path: (pretrained[path], variables[TASK][path]) for path in mixed if path in of_kernels}
+            return {**merge(pretrained, variables), **in_layers(weights, mixture, kernels)}  # within the model's layers
 
         return Method(start_at_pretrained(setup), ((training_phase(setup, forward=forward),),), merge)

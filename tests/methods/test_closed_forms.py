@@ -205,6 +205,8 @@ def test_decoupled_l2_sp_pulls_by_the_learning_rate_of_the_step_alone(step):
     [
         ("frozen_alpha", {"mixup": {"rank": 2, "noise": 0.3}}),
         ("frozen_alpha", {"mixup": {"complement": "factored", "noise": 0.3}}),
+        ("joint", {"mixup": {"noise": 0.3}}),
+        ("fixed_gate", {"gate": 0.3}),
         ("lora", {"targets": None}),
     ],
 )
