@@ -10,7 +10,7 @@ from three_weights import DATA, PRETRAINED, batch, by_path, flat, gradient, setu
 
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.bitfit import BitFit
-from agwm_jax.methods.dps import DPS, bernoulli, keep_of_each, mean_score
+from agwm_jax.methods.dps import DPS, bernoulli, keep_of_each, mean_score, sums_in
 from agwm_jax.methods.gradient_importance import GradientImportance, random_mask
 from agwm_jax.methods.interface import Context
 from agwm_jax.methods.learned_gates import Gates, LearnedGates, draw, open_probability, settled, spread
@@ -111,14 +111,16 @@ def test_dps_trains_all_and_then_the_entries_with_the_largest_squared_gradients(
     state, take = phase.start(context, jax.random.key(0)), jax.jit(phase.step)
     adam, w, masks = Adam(), W0.copy(), []
     sums = counts = target = chosen = None
+    means_decide = stages == "dense"
     for number, rows in enumerate(phase.plan["train"]):
-        key, at = jax.random.fold_in(jax.random.key(9), number), number % (2 * length)
+        key, at = jax.random.fold_in(jax.random.key(10), number), number % (2 * length)
         if at == 0:
             sums, counts = np.zeros(2), np.zeros(2)
         if at == length:
             scores = sums / np.maximum(counts, 1) if stages == "mix" else sums
             chosen, target = scores == scores.max(), w[1:3].copy()  # one of two is kept
             masks.append(tuple(chosen))
+            means_decide |= np.argmax(scores) != np.argmax(sums)
         mask = np.ones(2) if at < length else chosen
         if stages == "mix" and at < length:
             mask = np.asarray(bernoulli(key, {KERNEL: (2, 1)}, 1 - p)[KERNEL]).ravel()
@@ -131,9 +133,12 @@ def test_dps_trains_all_and_then_the_entries_with_the_largest_squared_gradients(
         sums, counts = sums + g[1:3] ** 2, counts + mask
         state, info = take(state, context, {"train": batch(rows)}, key, jnp.int32(number))
         np.testing.assert_allclose(info["loss"], loss_at(point, rows), rtol=1e-4, err_msg=str(number))
+        if at < length:
+            np.testing.assert_allclose(sums_in(state.training)[KERNEL].ravel(), sums, rtol=1e-3, err_msg=str(number))
         w = adam.step(w, g)
         np.testing.assert_allclose(flat(state.training.params["task"]), w, rtol=1e-4, atol=3e-5, err_msg=str(number))
     assert len(masks) == 2
+    assert means_decide, "of mix: the mean of an entry, not its sum"
     learnt = phase.finish(context, state)
     np.testing.assert_array_equal(flat(method.merge(PRETRAINED, learnt)), flat(learnt["task"]))  # evaluation sees W
 
