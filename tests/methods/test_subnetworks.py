@@ -257,7 +257,7 @@ def test_gates_have_the_shapes_of_their_groups_and_heads_are_columns_or_rows():
     np.testing.assert_array_equal(spread(z, pretrained["layers.query.kernel"])[1, 0], [3, 3, 4, 4, 5, 5])
     rows = spread(z.reshape(2, 3, 1), pretrained["layers.attention_output.kernel"])
     np.testing.assert_array_equal(rows[1, :, 0], [3, 3, 4, 4, 5, 5])
-    # The share counts weights, not gates: 48 of the 2 * 96 + 108 have a gate that is open for sure.
+    # The share counts weights, not gates: 48 of all 276 have a gate that is open for sure, the others one that is shut.
     gates = {path: jnp.full(shape, -30.0) for path, shape in zip(weights, expected["matrix"], strict=True)}
     gates["layers.intermediate.kernel"] = jnp.array([30.0, -30.0]).reshape(2, 1, 1)
     share = Gates(LearnedGates(group="matrix"), made).open_share(pretrained, gates)
