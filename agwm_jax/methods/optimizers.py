@@ -52,6 +52,11 @@ def schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
     return optax.schedules.join_schedules([optax.schedules.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
+def by_collection(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
+    """An optimiser of its own, clip included, for each collection of ``{name: {path: weight}}``."""
+    return optax.partition(dict(optimizers), {name: name for name in optimizers})
+
+
 def decay_mask(decaying: Mapping[str, bool]) -> Callable[[Any], Any]:
     """The mask of weight decay for any pytree: a leaf decays as the weight whose path is the last key on its way."""
 

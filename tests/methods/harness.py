@@ -144,8 +144,8 @@ class Trained(NamedTuple):
 
     @property
     def losses(self) -> np.ndarray:
-        """Of the phase ``finetune``."""
-        return self.infos["finetune"]["loss"]
+        """Of the last phase."""
+        return list(self.infos.values())[-1]["loss"]
 
 
 def batch_of(data, rows, key):

@@ -10,11 +10,12 @@ from three_weights import DATA, PRETRAINED, batch, by_path, flat, gradient, setu
 
 from agwm_jax.core.types import LowRank
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.child_tuning_d import ChildTuningD, top_share
+from agwm_jax.methods.child_tuning_d import ChildTuningD
 from agwm_jax.methods.interface import METHODS, Context
 from agwm_jax.methods.l2_sp import L2SP
 from agwm_jax.methods.lora import Lora
 from agwm_jax.methods.mixout import Mixout, mixout
+from agwm_jax.methods.subnetwork import top_share
 from agwm_jax.methods.vanilla import Vanilla
 
 W0 = flat(PRETRAINED)
@@ -204,6 +205,8 @@ def test_decoupled_l2_sp_pulls_by_the_learning_rate_of_the_step_alone(step):
     [
         ("frozen_alpha", {"mixup": {"rank": 2, "noise": 0.3}}),
         ("frozen_alpha", {"mixup": {"complement": "factored", "noise": 0.3}}),
+        ("joint", {"mixup": {"noise": 0.3}}),
+        ("fixed_gate", {"gate": 0.3}),
         ("lora", {"targets": None}),
     ],
 )

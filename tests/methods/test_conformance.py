@@ -12,10 +12,14 @@ from agwm_jax.methods.interface import METHODS
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Settings that make a run short; everything else is at its default.
+FIRST = {"epochs": 1, "validation_fraction": 0.4}
 SETTINGS = {
-    "agwm": {"search": {"num_splits": 2, "epochs": 1, "validation_fraction": 0.4}},
+    "agwm": {"search": {"num_splits": 2, **FIRST}},
     "recadam": {"gamma": 50.0, "t0": 2.0},
     "top_k": {"k": 1},
+    "restart": {"first": FIRST},
+    "soup": {"num_splits": 2, "first": FIRST},
+    "model_stock": {"num_runs": 2},
 }
 
 

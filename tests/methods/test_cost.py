@@ -10,7 +10,14 @@ from agwm_jax.core.cost import matmul_flops
 from agwm_jax.methods.interface import METHODS
 
 WIDTH, TOKENS = 256, 256
-SETTINGS = {"agwm": {"search": {"validation_fraction": 0.4}}, "recadam": {"gamma": 50.0}, "top_k": {"k": 1}}
+SETTINGS = {
+    "agwm": {"search": {"validation_fraction": 0.4}},
+    "recadam": {"gamma": 50.0},
+    "top_k": {"k": 1},
+    "restart": {"first": {"epochs": 1}},
+    "soup": {"num_splits": 2, "first": {"epochs": 1}},
+    "model_stock": {"num_runs": 2},
+}
 # Where the registry names another table: unrolled through one step (4), and the step taken anew.
 ELSEWHERE = {("agwm", "search"): "5"}
 

@@ -41,6 +41,13 @@ ROWS = {
     "recadam long after t0": ("recadam", {"gamma": 100.0, "t0": -10_000.0}),
     "child_tuning_f at p 1": ("child_tuning_f", {"p": 1.0}),
     "frozen_alpha at A 1": ("frozen_alpha", {"mixup": {"noise": 0.0}}),
+    "fixed_gate at A 1": ("fixed_gate", {"gate": 1.0}),
+    "gradient_importance at p 1": ("gradient_importance", {"p": 1.0}),
+    "gradient_importance, lowest, at p 1": ("gradient_importance", {"p": 1.0, "keep": "lowest"}),
+    "gradient_importance, random, at p 1": ("gradient_importance", {"p": 1.0, "keep": "random"}),
+    "dps at p 0": ("dps", {"p": 0.0, "update_ratio": 0.2}),
+    "dps, mix, at p 0": ("dps", {"p": 0.0, "update_ratio": 0.2, "stages": "mix"}),
+    "learned_gates held at 1": ("learned_gates", {"log_alpha": 30.0, "penalty": 0.0}),
     "agwm whose search leaves A 1 and W0": (
         "agwm",
         {"mixup": {"noise": 0.0}, "search": {**SEARCH, "average": "alpha", "outer": {"learning_rate": 1e-30}}},
@@ -55,6 +62,49 @@ def test_a_row_is_vanilla_bit_for_bit(row, vanilla):
     np.testing.assert_array_equal(trained.losses, vanilla.losses)
     for path, weight in vanilla.weights.items():
         np.testing.assert_array_equal(trained.weights[path], weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "num_splits", "rollback"),
+    [("restart", {}, 1, False), ("restart", {}, 1, True), ("soup", {"num_splits": 3}, 3, True)],
+)
+def test_restart_and_soup_are_agwm_at_a_gate_of_1(name, settings, num_splits, rollback):
+    """Losses of W in every stage and the last weights, to the bit: the same splits, order, dropout and updates."""
+    search = {"epochs": 2, "validation_fraction": 0.4, "inner": {"learning_rate": 3e-2}}
+    first = {"epochs": 2, "validation_fraction": 0.4, "optimizer": {"learning_rate": 3e-2}}
+    still = {"rollback": rollback, "outer": {"learning_rate": 1e-30}, "num_splits": num_splits}
+    agwm = train("agwm", mixup={"noise": 0.0}, search={**search, **still})
+    control = train(name, first=first, **settings)
+    assert control.infos.keys() == agwm.infos.keys()
+    for phase, infos in agwm.infos.items():
+        np.testing.assert_array_equal(control.infos[phase]["loss"], infos["loss"], err_msg=phase)
+    for path, weight in agwm.weights.items():
+        np.testing.assert_array_equal(control.weights[path], weight, err_msg=path)
+
+
+def test_soup_of_one_run_is_restart():
+    first = {"epochs": 1, "validation_fraction": 0.4}
+    restart, soup = train("restart", first=first), train("soup", num_splits=1, first=first)
+    np.testing.assert_array_equal(soup.losses, restart.losses)
+    chex.assert_trees_all_equal(soup.weights, restart.weights)
+
+
+def test_joint_is_frozen_alpha_bit_for_bit_where_alpha_does_not_move():
+    mixup = {"noise": 0.3, "rank": 2}
+    frozen = train("frozen_alpha", mixup=mixup)
+    joint = train("joint", mixup=mixup, outer={"learning_rate": 1e-30})
+    np.testing.assert_array_equal(joint.losses, frozen.losses)
+    chex.assert_trees_all_equal(joint.learnt, frozen.learnt)
+    assert not np.array_equal(train("joint", mixup=mixup).losses, frozen.losses)
+
+
+def test_fixed_gate_at_a_0_leaves_the_pretrained_logits_bit_for_bit():
+    setup = setup_of(frozen=("classifier.kernel", "classifier.bias"))
+    method = METHODS["fixed_gate"].value(gate=0.0).build(setup)
+    trained, batch = run(method, PRETRAINED, jax.random.key(0)), training_set()
+    chex.assert_trees_all_equal(trained.weights, PRETRAINED)
+    np.testing.assert_array_equal(setup.model.apply(trained.weights, batch), setup.model.apply(PRETRAINED, batch))
+    assert any(np.any(weight != PRETRAINED[path]) for path, weight in trained.learnt["task"].items())  # they decay
 
 
 def test_r_drop_at_a_0_is_vanilla_bit_for_bit_where_both_passes_are_alike():
