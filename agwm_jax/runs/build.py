@@ -97,7 +97,7 @@ def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared,
 
 def files_read(config: Config) -> tuple[str, ...]:
     """Labelled files that the method reads beside the task's splits."""
-    return tuple(name for name in config.method.reads if os.path.isabs(name))
+    return tuple(name for name in names_read(config.method, config.techniques.chosen) if os.path.isabs(name))
 
 
 def digests(config: Config) -> dict[str, str]:
@@ -149,12 +149,19 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
     for seed, draw in zip(seeds, draws, strict=True):
         own = seeded(pretrained, seed, draw.scale)
         size = len(draw.encoded["train"]["labels"])
-        rows = rows_read(recipe.method.reads, {name: len(split["labels"]) for name, split in draw.encoded.items()})
-        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size, rows=rows)
+        sizes = {name: len(split["labels"]) for name, split in draw.encoded.items()}
+        rows = rows_read(names_read(recipe.method, recipe.techniques), sizes)
+        labels = draw.encoded["train"]["labels"]
+        method = build_method(recipe, own, task, seed=seed, num_examples=size, rows=rows, labels=labels)
         found.append(Prepared(seed, draw, own, method, rows))
     for warning in truncations(found[0].draw.reports):
         warnings.warn(warning["message"], stacklevel=2)
     return tuple(found)
+
+
+def names_read(method: MethodSettings, techniques: Sequence[MethodSettings]) -> tuple[str, ...]:
+    """What a method and its techniques read beside the training set."""
+    return tuple(dict.fromkeys(name for each in (method, *techniques) for name in each.reads))
 
 
 def rows_read(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, range]:
@@ -218,14 +225,15 @@ def seeded(pretrained: Pretrained, seed: int, scale: LabelScale | None) -> Pretr
 def build_setup(
     recipe: Recipe,
     pretrained: Pretrained,
-    kind: str,
+    task: Task,
     *,
     seed: int,
     num_examples: int,
     rows: Mapping[str, range] = MappingProxyType({}),
+    labels: np.ndarray | None = None,
 ) -> Setup:
     """What a method is built from; its data order follows from the seed alone, so that methods are paired by seed."""
-    model, pattern = pretrained.model, recipe.frozen
+    model, pattern, kind = pretrained.model, recipe.frozen, task.kind
 
     def loss(*, reverse_only: bool = False) -> Composite:
         return batch_loss(model.apply, kind, reverse_only=reverse_only)
@@ -243,12 +251,14 @@ def build_setup(
         rng=partial(stream_rng, seed),
         accumulate=recipe.data.accumulate,
         rows=rows,
+        labels=labels,
+        pair=task.pair,
     )
 
 
-def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, **of_seed: Any) -> Method:
-    """The method for one seed, with its techniques; see `build_setup`."""
-    return compose(recipe.method.build, recipe.techniques, build_setup(recipe, pretrained, kind, **of_seed))
+def build_method(recipe: Recipe, pretrained: Pretrained, task: Task, **of_seed: Any) -> Method:
+    """The method for one seed, with its techniques; see `build_setup`. The splits of `task` need not be there."""
+    return compose(recipe.method.build, recipe.techniques, build_setup(recipe, pretrained, task, **of_seed))
 
 
 def truncations(reports: Mapping[str, EncodingReport]) -> list[dict[str, str]]:

@@ -30,6 +30,7 @@ ROWS = {
     "llrd at decay 1": ("llrd", {"decay": 1.0}),
     "swa over one step": ("swa", {"share": 0.01}),
     "ema at decay 0": ("ema", {"decay": 0.0}),
+    "wise_ft at a 1": ("wise_ft", {"a": 1.0}),
     "frozen_alpha at A 1": ("frozen_alpha", {"mixup": {"noise": 0.0}}),
     "agwm whose search leaves A 1 and W0": (
         "agwm",
