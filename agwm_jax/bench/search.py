@@ -55,7 +55,7 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
     setup: Setup = build_setup(
         recipe(config),
         prepared.pretrained,
-        prepared.draw.task,
+        prepared.draw.task.kind,
         seed=prepared.seed,
         num_examples=prepared.train_size,
     )

@@ -77,7 +77,7 @@ def interpolate(pretrained: Float[Array, "..."], task: Float[Array, "..."], a: S
 
 class _Losses(NamedTuple):
     sums: Float[Array, " grid"]
-    count: Scalar
+    seen: Scalar
 
 
 def _choose_phase(setup: Setup, method: Method, mixed) -> Phase:
@@ -98,9 +98,9 @@ def _choose_phase(setup: Setup, method: Method, mixed) -> Phase:
         def one(a: Scalar) -> Scalar:
             return loss(mixed(context.pretrained, merged, a), batch) * count
 
-        state = _Losses(state.sums + jax.lax.map(one, jnp.asarray(GRID)), state.count + count)
+        state = _Losses(state.sums + jax.lax.map(one, jnp.asarray(GRID)), state.seen + count)
         best = jnp.argmin(state.sums)
-        return state, {"loss": state.sums[best] / state.count, "a": jnp.asarray(GRID)[best]}
+        return state, {"loss": state.sums[best] / state.seen, "a": jnp.asarray(GRID)[best]}
 
     def finish(context: Context, state: _Losses) -> Variables:
         best = jnp.asarray(GRID)[jnp.argmin(state.sums)]

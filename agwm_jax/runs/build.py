@@ -151,8 +151,8 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
         size = len(draw.encoded["train"]["labels"])
         sizes = {name: len(split["labels"]) for name, split in draw.encoded.items()}
         rows = rows_read(names_read(recipe.method, recipe.techniques), sizes)
-        labels = draw.encoded["train"]["labels"]
-        method = build_method(recipe, own, task, seed=seed, num_examples=size, rows=rows, labels=labels)
+        beside = {"rows": rows, "labels": draw.encoded["train"]["labels"], "pair": task.pair}
+        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size, **beside)
         found.append(Prepared(seed, draw, own, method, rows))
     for warning in truncations(found[0].draw.reports):
         warnings.warn(warning["message"], stacklevel=2)
@@ -225,15 +225,16 @@ def seeded(pretrained: Pretrained, seed: int, scale: LabelScale | None) -> Pretr
 def build_setup(
     recipe: Recipe,
     pretrained: Pretrained,
-    task: Task,
+    kind: str,
     *,
     seed: int,
     num_examples: int,
     rows: Mapping[str, range] = MappingProxyType({}),
     labels: np.ndarray | None = None,
+    pair: bool = False,
 ) -> Setup:
     """What a method is built from; its data order follows from the seed alone, so that methods are paired by seed."""
-    model, pattern, kind = pretrained.model, recipe.frozen, task.kind
+    model, pattern = pretrained.model, recipe.frozen
 
     def loss(*, reverse_only: bool = False) -> Composite:
         return batch_loss(model.apply, kind, reverse_only=reverse_only)
@@ -252,13 +253,13 @@ def build_setup(
         accumulate=recipe.data.accumulate,
         rows=rows,
         labels=labels,
-        pair=task.pair,
+        pair=pair,
     )
 
 
-def build_method(recipe: Recipe, pretrained: Pretrained, task: Task, **of_seed: Any) -> Method:
-    """The method for one seed, with its techniques; see `build_setup`. The splits of `task` need not be there."""
-    return compose(recipe.method.build, recipe.techniques, build_setup(recipe, pretrained, task, **of_seed))
+def build_method(recipe: Recipe, pretrained: Pretrained, kind: str, **of_seed: Any) -> Method:
+    """The method for one seed, with its techniques; see `build_setup`."""
+    return compose(recipe.method.build, recipe.techniques, build_setup(recipe, pretrained, kind, **of_seed))
 
 
 def truncations(reports: Mapping[str, EncodingReport]) -> list[dict[str, str]]:

@@ -141,7 +141,7 @@ def test_without_pairs_it_is_probe_bit_for_bit():
 
 def test_pairs_that_do_not_exist_are_refused():
     labels = np.where(np.arange(EXAMPLES) == 4, 2, np.arange(EXAMPLES) % 2)
-    with pytest.raises(AgwmError, match="class number 2 .* has one training text alone"):
+    with pytest.raises(AgwmError, match=r"class number 2 .* has one training text alone"):
         SetFit().build(setup_of()._replace(labels=labels))
     SetFit(num_pairs=0).build(setup_of()._replace(labels=labels))
     with pytest.raises(AgwmError, match="of one"):

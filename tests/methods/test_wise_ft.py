@@ -112,6 +112,6 @@ def test_it_mixes_what_another_method_evaluates(method):
 
 
 def test_an_average_belongs_before_it():
-    with pytest.raises(AgwmError, match="techniques.swa"):
+    with pytest.raises(AgwmError, match=r"techniques\.swa"):
         check_techniques(WiseFT(), (SWA(),))
     check_techniques(SWA(), (WiseFT(),))

@@ -58,7 +58,9 @@ def test_the_score_is_the_cosine_of_the_features_of_both_texts(pooling):
     })  # fmt: skip
     model, shapes = build_model(family, config, num_labels=1, pooling=pooling)
     rng = np.random.default_rng(0)
-    params = {path: (rng.normal(0, 0.7, x.shape) + path.endswith("scale")).astype(x.dtype) for path, x in shapes.items()}
+    params = {
+        path: (rng.normal(0, 0.7, x.shape) + path.endswith("scale")).astype(x.dtype) for path, x in shapes.items()
+    }
     a, b = (np.asarray(model.features(params, model.embed(params, x), x)) for x in map(singles, (FIRST, SECOND)))
     expected = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     found = cosine_of_pairs(model).apply(params, pairs(), reverse_only=True)
