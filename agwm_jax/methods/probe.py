@@ -31,7 +31,7 @@ from agwm_jax.models.model import Effective, Model
 from agwm_jax.models.weights import Weights
 
 STRENGTHS = np.logspace(-4, 4, 10)
-"""C of the logistic regression, and 1/alpha of the ridge: those that scikit-learn tries by itself."""
+"""C of the logistic regression, those that scikit-learn tries by itself; and 1/alpha of the ridge."""
 
 _ABSENT = -100.0  # the logit of a class without an example: the solution has it at minus infinity
 
@@ -47,9 +47,9 @@ class Probe(MethodSettings):
     penalised. Layers of the classifier before the last are part of the features: fresh ones are random, so a family
     with a classifier of two layers probes a random projection.
 
-    Cost 1/3 fb a step, and the fit on the CPU (seconds for a few thousand texts); memory of the weights and of one
-    vector a text. What fine-tuning has to beat, and often enough on a few dozen texts. Source: Alain and Bengio 2016
-    (arXiv 1610.01644); the solver is scikit-learn's.
+    Cost 1/3 fb a step, and the fit on the host (seconds for a few hundred texts, a minute for five thousand); memory of
+    the weights and of one vector a text. What fine-tuning has to beat, and often enough on a few dozen texts. Source:
+    Alain and Bengio 2016 (arXiv 1610.01644); the solver is scikit-learn's.
     """
 
     open_to: ClassVar = frozenset()
