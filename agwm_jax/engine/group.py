@@ -67,7 +67,7 @@ class Group:
 
     def _arrays(self) -> dict[needs.Key, jax.ShapeDtypeStruct]:
         found: dict[needs.Key, jax.ShapeDtypeStruct] = {}
-        sources = self.needs.stages[0].sources.pretrained
+        sources = {path: f"{PRETRAINED}/{path}" for path in self.weight_shapes}
         for keys in (sources, self.needs.initial, *(stage.learnt for stage in self.needs.stages)):
             shapes = jax.tree.map(self._shape, keys)
             own = jax.tree.map(lambda key: key not in self.shared, keys)
@@ -127,7 +127,7 @@ class Group:
 
     def _draw(self, drawn: Sequence[needs.Key], held: Held) -> Held:
         """`Method.init` of all members; what it computes."""
-        sources = self.needs.stages[0].sources.pretrained
+        sources = {path: f"{PRETRAINED}/{path}" for path in self.weight_shapes}
 
         def one(held: Held, key) -> Held:
             pretrained = fill(sources, self.needs.shapes, held)
@@ -149,7 +149,7 @@ class Group:
 
     def of_members(self, held: Held) -> list[Variables]:
         """What each member has learnt in the end."""
-        learnt = self.needs.stages[-1].learnt
+        learnt = self.needs.learnt
         shapes = jax.tree.map(lambda key: self.needs.shapes[key], learnt)
         where = self.placement.of_tree(shapes, self.weights, self.weight_shapes)
         places = dict(zip(jax.tree.leaves(learnt), jax.tree.leaves(where), strict=True))

@@ -84,7 +84,7 @@ def choose(
 
 def _candidates(members: Sequence[Member], across: int, vectorize: str) -> list[_Candidate]:
     """Most lanes first; the members of every one are a multiple of the mesh's axis `seed`."""
-    widest = max(len(stage) for stage in members[0].method.stages)
+    widest = max((len(stage) for stage in members[0].method.stages), default=1)
     at_once = len(members) if vectorize in ("auto", "all", "seeds") else 1
     if at_once % across:
         what = f"the {at_once} seeds" if at_once > 1 else "one seed, all"
@@ -117,7 +117,7 @@ def _num_bytes(
         group = Group(members[: candidate.num_members], layout, weights, programs.needs.get(layout))
         programs.needs[layout] = group.needs
         found = [stage_bytes(group, number, programs, chunk_steps) for number in range(len(group.stages))]
-    total, shared = max(found)
+    total, shared = max(found, default=(0, 0))
     return total - shared, shared
 
 

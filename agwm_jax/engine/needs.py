@@ -50,12 +50,17 @@ class Needs(NamedTuple):
     """A key in place of every leaf."""
     stages: tuple[StageNeeds, ...]
 
+    @property
+    def learnt(self) -> Variables:
+        """A key in place of every leaf that the method leaves."""
+        return self.stages[-1].learnt if self.stages else self.initial
+
     def held(self, stage: int, *, started: bool) -> frozenset[Key]:
         """What is held from a stage on; `started`: its states are there already."""
         found = set() if started or stage == len(self.stages) else set(self.stages[stage].start)
         for number, needs in enumerate(self.stages[stage:]):
             found |= needs.step | needs.finish | (needs.start if number else set())
-        found |= set(jax.tree.leaves(self.stages[-1].learnt))
+        found |= set(jax.tree.leaves(self.learnt))
         made_later = {str(number) for number in range(stage, len(self.stages))}
         return frozenset(key for key in found if key.split("/")[0] not in made_later)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, Shaped
 
 from agwm_jax.core.types import Batch, Composite, Params, Scalar
 from agwm_jax.methods.warning import MethodWarning as MethodWarning
@@ -62,8 +62,8 @@ class Phase(NamedTuple):
     the state copies them first."""
     step: Callable[[State, Context, Batches, Key[Array, ""], Int[Array, ""]], tuple[State, Info]]
     """``step(state, context, batches, key, step) -> (state, info)``: `key` is this step's, for noise of the method's
-    own (dropout keys ride in the batches), `step` counts from 0. ``info`` holds ``loss`` and whatever is worth a
-    curve."""
+    own (dropout keys ride in the batches), `step` counts from 0. ``info`` holds ``loss``, where there is one, and
+    whatever is worth a curve."""
     finish: Callable[[Context, State], Variables]
     """``finish(context, state) -> learnt``: what later phases, `Method.merge` and the run folder get."""
     monitor: Callable[[State], Info] = lambda state: {}
@@ -109,12 +109,16 @@ class Method(NamedTuple):
     """``init(pretrained, key) -> variables``; leaves that start as a pretrained weight may be that very array."""
     stages: tuple[Stage, ...]
     """They follow each other. What a phase gets by chance (its key, its steps' keys, dropout) depends on the run's seed
-    and the phase's name alone, so that a method that reduces to another one gives the same bits."""
+    and the phase's name alone, so that a method that reduces to another one gives the same bits. A method that trains
+    nothing has none."""
     merge: Callable[[Params, Variables], Params]
     """``merge(pretrained, learnt) -> weights of the forward pass``, all paths of the model: what is evaluated,
     predicted with and exported."""
     warnings: Callable[[Sequence[Mapping[str, Any]]], Sequence[MethodWarning]] = lambda records: ()
     """Failure signatures in the records of a run, while it runs or after."""
+    model: Model | None = None
+    """What evaluates, where it is not the setup's model. Its outputs are taken as they are, also where labels were put
+    into another unit for training; and there is no plain model to be saved."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -161,6 +165,11 @@ class Setup(NamedTuple):
     """Of the form of `loss`, and what training minimises where a technique has made another objective of it."""
     techniques: "tuple[Technique, ...]" = ()
     """What changes the training; see `Technique`."""
+    labels: Shaped[np.ndarray, " n"] | None = None
+    """Of the training set, for plans that depend on them. None where a finished run is read: its method is built for
+    what it learnt, and does not run."""
+    pair: bool = False
+    """Whether every example is two texts."""
 
     @property
     def training_loss(self) -> Callable[..., Composite]:

@@ -97,7 +97,7 @@ def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared,
 
 def files_read(config: Config) -> tuple[str, ...]:
     """Labelled files that the method reads beside the task's splits."""
-    return tuple(name for name in config.method.reads if os.path.isabs(name))
+    return tuple(name for name in names_read(config.method, config.techniques.chosen) if os.path.isabs(name))
 
 
 def digests(config: Config) -> dict[str, str]:
@@ -149,12 +149,19 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
     for seed, draw in zip(seeds, draws, strict=True):
         own = seeded(pretrained, seed, draw.scale)
         size = len(draw.encoded["train"]["labels"])
-        rows = rows_read(recipe.method.reads, {name: len(split["labels"]) for name, split in draw.encoded.items()})
-        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size, rows=rows)
+        sizes = {name: len(split["labels"]) for name, split in draw.encoded.items()}
+        rows = rows_read(names_read(recipe.method, recipe.techniques), sizes)
+        beside = {"rows": rows, "labels": draw.encoded["train"]["labels"], "pair": task.pair}
+        method = build_method(recipe, own, task.kind, seed=seed, num_examples=size, **beside)
         found.append(Prepared(seed, draw, own, method, rows))
     for warning in truncations(found[0].draw.reports):
         warnings.warn(warning["message"], stacklevel=2)
     return tuple(found)
+
+
+def names_read(method: MethodSettings, techniques: Sequence[MethodSettings]) -> tuple[str, ...]:
+    """What a method and its techniques read beside the training set."""
+    return tuple(dict.fromkeys(name for each in (method, *techniques) for name in each.reads))
 
 
 def rows_read(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, range]:
@@ -223,6 +230,8 @@ def build_setup(
     seed: int,
     num_examples: int,
     rows: Mapping[str, range] = MappingProxyType({}),
+    labels: np.ndarray | None = None,
+    pair: bool = False,
 ) -> Setup:
     """What a method is built from; its data order follows from the seed alone, so that methods are paired by seed."""
     model, pattern = pretrained.model, recipe.frozen
@@ -243,6 +252,8 @@ def build_setup(
         rng=partial(stream_rng, seed),
         accumulate=recipe.data.accumulate,
         rows=rows,
+        labels=labels,
+        pair=pair,
     )
 
 

@@ -61,11 +61,12 @@ def load_run(folder: Place, *, model: str | None = None) -> Run:
     own = seeded(pretrained, result["seed"], scale)
     size, others = result["train_size"], result.get("reads", {})
     rows = rows_read(list(others), {"train": size, **others})
-    method = build_method(how, own, task.kind, seed=result["seed"], num_examples=size, rows=rows)
+    beside = {"rows": rows, "pair": task.pair}
+    method = build_method(how, own, task.kind, seed=result["seed"], num_examples=size, **beside)
     shapes = method.learnt_shapes(own.params)
     learnt = load_variables(folder, shapes, Origin(method_settings(config), weights_digest(own.params)))
     params = jax.jit(method.merge)(own.params, jax.tree.map(jnp.asarray, learnt))
-    return Run(config, result, FittedModel(task, own, params, scale, how.data))
+    return Run(config, result, FittedModel(task, own, params, scale, how.data, model=method.model))
 
 
 def evaluate(

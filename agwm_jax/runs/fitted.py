@@ -21,7 +21,7 @@ from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.engine.sharding import Placement, place
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
-from agwm_jax.models.model import Effective
+from agwm_jax.models.model import Effective, Model
 from agwm_jax.settings.schema import Data
 
 if TYPE_CHECKING:
@@ -55,18 +55,20 @@ class FittedModel(NamedTuple):
     """Lengths and batches."""
     placement: Placement | None = None
     """Of `params`; None: on one device."""
+    model: Model | None = None
+    """`Method.model`: what evaluates, where it is not that of `pretrained`; its outputs are the scores."""
 
     def logits(self, encoded: Encoded) -> Float[np.ndarray, "n c"]:
         """Of every example of an encoded split; of a regression the score in the user's unit."""
         with contextlib.nullcontext() if self.placement is None else jax.set_mesh(self.placement.mesh):
             found = predict_logits(
-                self.pretrained.model.apply,
+                (self.model or self.pretrained.model).apply,
                 self.params,
                 encoded,
                 batch_size=self.data.eval_batch_size,
                 placement=self.placement,
             )
-        return found if self.scale is None else self.scale.undo(found)
+        return found if self.scale is None or self.model is not None else self.scale.undo(found)
 
     def encode(self, split: "datasets.Dataset", what: str) -> Encoded:
         """Texts as token ids; a warning says how many of `what` were cut."""
@@ -118,8 +120,13 @@ class FittedModel(NamedTuple):
             Why `transformers` would not give the same logits, or None where it does.
 
         Raises:
-            AgwmError: `folder` holds files, or cannot be written.
+            AgwmError: `folder` holds files, or cannot be written; or what evaluates is no plain model.
         """
+        if self.model is not None:
+            raise AgwmError(
+                "this method does not score with the model's head, so a saved Hugging Face folder would not give its "
+                "scores: keep the run folder and predict from there, and leave out run.export."
+            )
         names = self.task.label_names or ("score",)
         save_pretrained(folder, self.params, self.pretrained, label_names=names, label_scale=self.scale)
         return transformers_compatible(self.pretrained)

@@ -150,7 +150,8 @@ def conclude(
 ) -> Result:
     """Score what a seed learnt on every split but the training split; all processes must call it."""
     draw = prepared.draw
-    model = FittedModel(draw.task, prepared.pretrained, merge(prepared, learnt), draw.scale, data, placement)
+    own, params = prepared.method.model, merge(prepared, learnt)
+    model = FittedModel(draw.task, prepared.pretrained, params, draw.scale, data, placement, own)
     scores, groups = {}, {}
     for name, encoded in draw.encoded.items():
         if name != "train" and not os.path.isabs(name):  # a file that the method alone reads is not scored

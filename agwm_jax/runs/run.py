@@ -212,7 +212,8 @@ class _Training:
             )
             spent = {name: value / len(group) for name, value in outcome.seconds.items()}
             spent["compile"] = spent.get("compile", 0.0) + self.compile_seconds
-            beside = {"seeds": len(group), "phases": max(map(len, members[0].method.stages)) if together else 1}
+            widest = max(map(len, members[0].method.stages), default=1)
+            beside = {"seeds": len(group), "phases": widest if together else 1}
             for number in left:
                 learnt = outcome.learnt[number]
                 if learnt is not None:

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 from harness import pretrained_weights, setup_of, training_set, weights_of
-from test_conformance import build
+from test_conformance import build, labels_of
 
 from agwm_jax.engine.checkpoint import Checkpoints
 from agwm_jax.engine.group import Layout, Member
@@ -40,8 +40,9 @@ class CutAt(InMemory):
 
 def member_of(name):
     # A large eps: else Adam's first step is the sign of a gradient that may be nothing but rounding.
-    method = build(name, setup_of(epochs=1, eps=1e-2))
-    pretrained, data = jax.tree.map(np.asarray, (pretrained_weights(), training_set()))
+    classes = labels_of(name)
+    method = build(name, setup_of(num_labels=classes, epochs=1, eps=1e-2))
+    pretrained, data = jax.tree.map(np.asarray, (pretrained_weights(classes), training_set(classes)))
     return Member(0, method, pretrained, data, jax.random.key(5))
 
 
@@ -57,6 +58,10 @@ def test_a_run_that_is_cut_short_or_spread_over_devices_learns_the_same(name, tm
     member, programs, whole = member_of(name), Programs(), InMemory(1)
     learnt = train(member, whole, programs=programs)
     chunks = sum(-(-stage[0].num_steps // CHUNK) * len(stage) for stage in member.method.stages)
+
+    if not chunks:  # it trains nothing
+        assert whole.records == [[]]
+        return
 
     first = CutAt(max(1, chunks // 2))
     saving = {"programs": programs, "checkpoint_minutes": 1e-9}
@@ -76,4 +81,4 @@ def test_a_run_that_is_cut_short_or_spread_over_devices_learns_the_same(name, tm
     chex.assert_trees_all_close(train(member, spread, devices=2), learnt, atol=2e-5, rtol=2e-5)
     for ours, theirs in zip(spread.records[0], whole.records[0], strict=True):
         assert ours.keys() == theirs.keys()
-        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-5)
+        np.testing.assert_allclose(ours.get("loss", 0), theirs.get("loss", 0), rtol=2e-5)

@@ -40,6 +40,7 @@ ROWS = {
     "spd at strength 0": ("spd", {"strength": 0.0}),
     "recadam long after t0": ("recadam", {"gamma": 100.0, "t0": -10_000.0}),
     "child_tuning_f at p 1": ("child_tuning_f", {"p": 1.0}),
+    "wise_ft at a 1": ("wise_ft", {"a": 1.0}),
     "frozen_alpha at A 1": ("frozen_alpha", {"mixup": {"noise": 0.0}}),
     "fixed_gate at A 1": ("fixed_gate", {"gate": 1.0}),
     "gradient_importance at p 1": ("gradient_importance", {"p": 1.0}),
