@@ -45,8 +45,9 @@ def rates(method: str, factor: float) -> list[str]:
     words = ["--finetune.optimizer.learning_rate", repr(BASE_RATE * factor)]
     if "learning_rate" in fields:
         words += [f"--{method}.learning_rate", repr(fields["learning_rate"].default * factor)]
-    if "search" in fields:
-        words += [f"--{method}.search.inner.learning_rate", repr(BASE_RATE * factor)]
+    first = {"search": "search.inner", "first": "first.optimizer"}
+    for name in first.keys() & fields.keys():
+        words += [f"--{method}.{first[name]}.learning_rate", repr(BASE_RATE * factor)]
     return words
 
 
