@@ -254,9 +254,15 @@ class _Derived(Section):
     factory: ClassVar[Callable[..., Any]]
     key: ClassVar[str]
 
-    def build(self) -> Any:
-        """What the factory makes of these settings."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name != self.key}
+    def build(self, **unwritten: Any) -> Any:
+        """What the factory makes of these settings.
+
+        Args:
+            unwritten: arguments that no config can write; those that the factory does not take are left out.
+        """
+        takes = inspect.signature(type(self).factory).parameters
+        values = {name: value for name, value in unwritten.items() if name in takes}
+        values |= {name: getattr(self, name) for name in type(self).model_fields if name != self.key}
         return type(self).factory(**{n: v.build() if isinstance(v, _Derived) else v for n, v in values.items()})
 
     @model_validator(mode="after")

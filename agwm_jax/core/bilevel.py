@@ -1,7 +1,7 @@
 """The hypergradient at a point, and one outer iteration as a pure step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from agwm_jax.core import check, trees
 from agwm_jax.core.estimators.base import Estimate, Estimator
 from agwm_jax.core.inner import InnerSolve, InnerState, optimizer_steps, solved_elsewhere
 from agwm_jax.core.types import Batch, Info, Problem, Vector
+from agwm_jax.errors import AgwmError
+
+Rollback = bool | Literal["from_look_ahead"]
 
 
 class BilevelState(NamedTuple):
@@ -61,7 +64,7 @@ def hypergradient(
 
     Raises:
         AgwmError: as for `bilevel`, or an estimator that differentiates steps (``unrolled``, ``penalty``, a
-            preconditioned ``finite_difference``) without `inner_tx`.
+            ``finite_difference`` with a preconditioner) without `inner_tx`.
 
     Example:
         Ridge regression ``|w - 3|^2 / 2 + o |w|^2 / 2``, solved by hand: w = 3 / (1 + o).
@@ -89,13 +92,17 @@ def bilevel(
     inner_tx: optax.GradientTransformation,
     outer_tx: optax.GradientTransformation,
     project: Callable[[Vector], Vector] = lambda outer: outer,
-    rollback: bool = False,
+    rollback: Rollback = False,
+    renew: Callable[[Batch, Any], Batch] | None = None,
 ) -> BilevelSolver:
     """Alternate k inner updates with one outer update along the hypergradient.
 
     One step: a look-ahead of k inner updates at the current outer variable; the hypergradient there; the outer update
     and its projection. The look-ahead is kept; with `rollback` the k updates are taken anew from the state before it,
-    at the new outer variable and on the same batches (the order of arXiv 2403.12918), which costs k fb.
+    at the new outer variable and on the same batches (the order of arXiv 2403.12918), which costs k fb. With
+    ``rollback="from_look_ahead"`` they are taken on top of the look-ahead, which is what Betty 0.2.0 does where it is
+    asked to roll back: its copy of the weights and moments shares their memory. Schedules do not count those steps,
+    and at the very first iteration, where there was no state to share, the optimiser starts anew.
 
     Pure and jittable; the caller jits, donates the state, and may build the solver inside the jitted function so that
     what `problem` closes over are traced arguments.
@@ -107,6 +114,9 @@ def bilevel(
         outer_tx: optimiser of the outer variable, fed with the hypergradient.
         project: applied to the outer variable at the start and after every update.
         rollback: see above.
+        renew: ``renew(batch, number) -> batch`` with randomness of its own, for the batches of the k updates that
+            `rollback` takes anew (number 3; 1 and 2 are the ends of a ``finite_difference``); None: they share that of
+            the look-ahead.
 
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
@@ -132,6 +142,8 @@ def bilevel(
         1.0
     """
     check.estimator(estimator)
+    if not isinstance(rollback, bool) and rollback not in get_args(get_args(Rollback)[1]):
+        raise AgwmError(f"bilevel(rollback={rollback!r}): expected True, False or 'from_look_ahead'.")
     solve = optimizer_steps(inner_tx)
 
     def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
@@ -149,12 +161,32 @@ def bilevel(
         outer = project(optax.apply_updates(state.outer, updates))
         inner, after = estimate.inner, estimate.state
         if rollback:
-            inner, _ = solve.run(problem.inner_loss, state.inner, outer, inner_batches)
+            onward = rollback == "from_look_ahead"
+            start = _onward(state.inner, inner) if onward else state.inner
+            batches = inner_batches if renew is None else jax.vmap(lambda batch: renew(batch, 3))(inner_batches)
+            inner, _ = solve.run(problem.inner_loss, start, outer, batches)
             if estimator.retake is not None:
-                after = estimator.retake(problem, solve, state.estimator, outer, inner_batches, outer_batch)
+                own = after if onward else state.estimator
+                after = estimator.retake(problem, solve, own, outer, inner_batches, outer_batch)
         return BilevelState(inner, outer, outer_opt_state, after), estimate.info
 
     return BilevelSolver(init, step)
+
+
+def _onward(before: InnerState, after: InnerState) -> InnerState:
+    """Where ``rollback="from_look_ahead"`` steps from: as after, but for what counts iterations."""
+    moments = jax.tree.map(
+        lambda new, old: old if _is_schedule(new) else new, after.opt_state, before.opt_state, is_leaf=_is_schedule
+    )
+    counts = [x for x in jax.tree.leaves(before.opt_state) if jnp.issubdtype(jnp.result_type(x), jnp.integer)]
+    if counts:
+        first = jnp.all(jnp.stack([jnp.all(count == 0) for count in counts]))
+        moments = jax.tree.map(lambda new, old: jnp.where(first, old, new), moments, before.opt_state)
+    return InnerState(after.params, moments)
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 def _estimate(

@@ -95,12 +95,16 @@ def search_plan(
     inner_steps: int,
     epochs: int,
     rng: np.random.Generator,
+    extra_step: bool = False,
 ) -> tuple[Int32[np.ndarray, "steps k b"], Int32[np.ndarray, "steps b"]]:
     """Batches of a bi-level search: each step has k inner batches (training split) and an outer one (validation split).
 
     An epoch is one pass over the training split, as in `epoch_plan`. Where the batches of all epochs are no multiple
     of k, batches of one more pass fill the last step, for an empty inner batch has no gradient. The validation split
     is reshuffled whenever it is used up.
+
+    With `extra_step` there are ``epochs * (n_train // b + 1)`` steps, whatever k, as the authors' script counts them:
+    where b divides n_train (and k is 1) that is one more an epoch, whose batch is of the next pass; no batch is empty.
 
     Returns:
       inner [steps, k, b] and outer [steps, b], -1 where a batch is short; steps = ceil(epochs * ceil(n_train / b) / k).
@@ -115,7 +119,7 @@ def search_plan(
     if inner_steps < 1 or epochs < 1:
         raise AgwmError(f"inner_steps is {inner_steps} and epochs is {epochs}: give 1 or more of each.")
     inner = _passes(np.asarray(train), batch_size, epochs, rng)
-    steps = math.ceil(len(inner) / inner_steps)
+    steps = epochs * (len(train) // batch_size + 1) if extra_step else math.ceil(len(inner) / inner_steps)
     missing = steps * inner_steps - len(inner)
     while missing > 0:
         extra = _passes(np.asarray(train), batch_size, 1, rng)[:missing]

@@ -7,9 +7,10 @@ import jax
 from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
-from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel
+from agwm_jax.core.bilevel import BilevelSolver, BilevelState, Rollback, bilevel
 from agwm_jax.core.estimators.base import ESTIMATORS
 from agwm_jax.core.mixup import alpha_statistics, mixup_problem, project_alpha
+from agwm_jax.core.types import Batch
 from agwm_jax.data.plan import search_plan, split_indices
 from agwm_jax.methods.interface import (
     METHODS,
@@ -23,7 +24,7 @@ from agwm_jax.methods.interface import (
     Setup,
     Variables,
 )
-from agwm_jax.methods.mixup import ALPHA, Mixture, Mixup
+from agwm_jax.methods.mixup import ALPHA, ClipOver, Mixture, Mixup, clip_with
 from agwm_jax.methods.optimizers import OptimizerSettings
 from agwm_jax.methods.search_warnings import search_warnings
 from agwm_jax.methods.training import TASK, task_weights, training_phase
@@ -59,8 +60,18 @@ class Search(Section):
         default=0.2, gt=0, lt=1, description="share of the training set that alpha is fitted on"
     )
     inner_steps: int = Field(default=1, ge=1, description="updates of W for one of alpha")
-    rollback: bool = Field(
-        default=True, description="take the kept inner updates anew with the new alpha (costs inner_steps passes)"
+    rollback: Rollback = Field(
+        default=True,
+        description="take the kept inner updates anew with the new alpha (costs inner_steps passes); from_look_ahead "
+        "takes them on top of those, as Betty 0.2.0 did",
+    )
+    dropout: Literal["shared", "separate"] = Field(
+        default="shared",
+        description="the masks of an iteration's passes over one batch; separate, as in PyTorch, makes noise of a "
+        "finite difference",
+    )
+    extra_step: bool = Field(
+        default=False, description="epochs x (n // batch_size + 1) steps, as the authors' script counts them"
     )
     anchor: float = Field(
         default=0.0, ge=0, description="anchor/2 |W - W0|^2 in the inner loss; 0 makes alpha unidentifiable"
@@ -81,6 +92,7 @@ class Search(Section):
                 inner_steps=self.inner_steps,
                 epochs=self.epochs,
                 rng=rng,
+                extra_step=self.extra_step,
             )
             found.append({"inner": inner, "outer": outer})
         return found
@@ -104,6 +116,11 @@ class Agwm(MethodSettings):
     search: Search = Field(default=Search(), description="the bi-level search for alpha")
     estimator: Annotated[Any, Choice(ESTIMATORS, default="unrolled")] = Field(
         default={}, description="how alpha's hypergradient is estimated"
+    )
+    finetune_clip: ClipOver = Field(
+        default="trained",
+        description="whose gradients count in the norm that finetune clips: trained weights; gate: and alpha's; all: "
+        "and those of the mixed weights' W0, as in the authors' code",
     )
 
     @model_validator(mode="after")
@@ -138,7 +155,9 @@ class Agwm(MethodSettings):
             )
             for index, plan in enumerate(plans)
         )
-        finetune = training_phase(setup, forward=mixture.forward, keeps=(ALPHA,))
+        finetune = training_phase(
+            setup, forward=mixture.forward, keeps=(ALPHA,), clip_with=clip_with(self.finetune_clip, mixture.mixed)
+        )
         return Method(init, (searches, (finetune,)), mixture.merge, search_warnings)
 
 
@@ -149,7 +168,8 @@ class _Solver:
         steps, inner_steps = plan["inner"].shape[:2]
         search = settings.search
         self._search, self._setup, self._mixture = search, setup, mixture
-        self._estimator = settings.estimator.build()
+        self._renew = _own_dropout if search.dropout == "separate" else None
+        self._estimator = settings.estimator.build(scale=search.inner.rms_scale(setup.model.weights), renew=self._renew)
         reverse_only = not self._estimator.forward_mode
         self._loss, self._validation_loss = (
             setup.training_loss(reverse_only=reverse_only),
@@ -173,6 +193,7 @@ class _Solver:
             outer_tx=self._outer_tx,
             project=project_alpha,
             rollback=self._search.rollback,
+            renew=self._renew,
         )
 
     def start(self, context: Context, key: Key[Array, ""]) -> BilevelState:
@@ -193,3 +214,8 @@ class _Solver:
         if index == 0:
             return found
         return jax.tree.map(lambda mean, x: mean + (x - mean) / (index + 1), context.learnt, found)
+
+
+def _own_dropout(batch: Batch, number) -> Batch:
+    """The batch for another pass over it, with masks of that pass's own."""
+    return {**batch, "key": jax.random.fold_in(batch["key"], number)} if "key" in batch else batch

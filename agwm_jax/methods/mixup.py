@@ -1,5 +1,6 @@
 """What the methods that mix share: which weights are mixed, how the gate starts, and the mixture itself."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from jaxtyping import Array, Key
@@ -8,8 +9,8 @@ from pydantic import Field, model_validator
 from agwm_jax.core.mixup import init_alpha, mix
 from agwm_jax.core.partition import Partition, partition
 from agwm_jax.core.types import Alpha, LowRank, Params
-from agwm_jax.methods.interface import Setup, Variables
-from agwm_jax.methods.training import TASK, in_layers, replace_weights
+from agwm_jax.methods.interface import Context, Setup, Variables
+from agwm_jax.methods.training import PRETRAINED, TASK, in_layers, replace_weights
 from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import matching, of_role
 from agwm_jax.section import Pattern, Section, refuse
@@ -86,3 +87,20 @@ class Mixture:
         """`Method.merge`: the mixed weights."""
         parts = self.partition(pretrained)
         return mix(parts, variables[TASK], variables[ALPHA], complement=self.settings.complement)
+
+
+ClipOver = Literal["trained", "gate", "all"]
+"""Whose gradients count in the norm of a clip, though only the trained weights are updated. In PyTorch a clip over
+``model.parameters()`` takes all that have a gradient: the authors' finetune stage has alpha's and W0's in it."""
+
+
+def clip_with(over: ClipOver, mixed: tuple[str, ...]) -> Callable[[Context], Variables] | None:
+    """For `training_phase`: the collections beside the trained ones."""
+    if over == "trained":
+        return None
+    if over == "gate":
+        return lambda context: {ALPHA: context.learnt[ALPHA]}
+    return lambda context: {
+        ALPHA: context.learnt[ALPHA],
+        PRETRAINED: {path: context.pretrained[path] for path in mixed},
+    }

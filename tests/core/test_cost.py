@@ -124,7 +124,7 @@ TABLE = {
     "unrolled, jvp": (hypergrad.unrolled(hvp="jvp"), 5),
     "unrolled, finite_difference": (hypergrad.unrolled(hvp="finite_difference"), 3),
     "finite_difference": (hypergrad.finite_difference(), 4),
-    "finite_difference, preconditioned": (hypergrad.finite_difference(precondition=True), 4),
+    "finite_difference, preconditioned": (hypergrad.finite_difference(precondition="adjoint"), 4),
     "penalty": (hypergrad.penalty(weight=10.0), 6),
     **{f"neumann {k}": (neumann(k, 0.1), 2 * k + 3) for k in (1, 3, 5)},
     **{f"neumann {k}, finite_difference": (series(k, hvp="finite_difference"), k + 3) for k in (1, 3, 5)},
