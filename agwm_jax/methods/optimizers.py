@@ -138,13 +138,16 @@ def schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
         "cosine": lambda: optax.schedules.cosine_decay_schedule(peak, max(1, num_steps - warmup)),
         "constant": lambda: optax.schedules.constant_schedule(peak),
     }[settings.schedule]()
-    return optax.schedules.join_schedules([optax.schedules.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    joined = optax.schedules.join_schedules([optax.schedules.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    # A quotient of int32 is float32 even where all else is float64.
+    return lambda count: joined(jnp.asarray(count, float))
 
 
 def _with_a_part_of_a_step(settings: OptimizerSettings, warmup: float, num_steps: int) -> optax.Schedule:
     """The same where warm-up ends within a step; at whole numbers it is the other one to rounding."""
 
     def rate(count):
+        count = jnp.asarray(count, float)
         done = jnp.clip((count - warmup) / max(1.0, num_steps - warmup), 0, 1)
         decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "constant": jnp.ones_like(done)}
         return settings.learning_rate * jnp.where(count < warmup, count / max(1.0, warmup), decay[settings.schedule])
