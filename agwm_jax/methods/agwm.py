@@ -107,6 +107,9 @@ class Agwm(MethodSettings):
     The results are averaged; then alpha is fixed and W is trained on the whole training set with a fresh optimiser.
     Accumulation of gradients is for that second stage: the search takes its batches whole.
 
+    What the authors' published code does, and what Betty 0.2.0 made of it, are options of the search, its estimator and
+    its optimisers, none of them a default; ``configs/authors.yaml`` and ``authors_as_run.yaml`` have them together.
+
     Cost of a search step: of the estimator, and one fb an inner step with `search.rollback`; of a finetune step 1 fb.
     Memory: of the estimator, and W0 beside W. Source: arXiv 2403.12918.
     """

@@ -15,12 +15,14 @@ from agwm_jax import LowRank, Problem, hypergrad, hypergradient
 from agwm_jax.core.deferred import materialise
 from agwm_jax.data.plan import search_plan
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.interface import Context
+from agwm_jax.methods.interface import Context, Hooks
 from agwm_jax.methods.optimizers import OptimizerSettings, schedule
-from agwm_jax.methods.training import Finetune
+from agwm_jax.methods.training import Finetune, training_phase
 from agwm_jax.models.model import Model
 from agwm_jax.models.weights import Weight
 from agwm_jax.settings import load_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECORDED = json.loads((Path(__file__).parent / "authors_recorded.json").read_text(encoding="utf-8"))
@@ -317,6 +319,21 @@ def test_a_preset_is_a_plain_loop_of_its_description(mode):
     close(factors(trained.learnt["alpha"][KERNEL]), alpha)
 
 
+def test_what_was_run_runs_mapped_over_seeds():
+    """Each as alone; the harness donates the state and traces a step once."""
+    starts = [jax.tree.map(lambda w, by=by: by * w, arrays(RECORDED["first"])["task"]) for by in (1.0, 0.9)]
+    rng = np.random.default_rng(0)
+    data = {"x": jnp.asarray(rng.normal(size=(20, 5))), "y": jnp.asarray(rng.integers(0, 3, 20))}
+    settings, finetune = preset("as_run", epochs=1, num_splits=2, search_epochs=1)
+    method = settings.build(setup(finetune, starts[0], rows=20, dropout=True))
+    keys = jax.random.split(jax.random.key(7))
+    together = Runner(method, data=data, members=True).run(jax.tree.map(lambda *w: jnp.stack(w), *starts), keys)
+    runner = Runner(method, data=data)
+    for index, (start, key) in enumerate(zip(starts, keys, strict=True)):
+        alone = runner.run(start, key)
+        close(jax.tree.map(lambda x, i=index: x[i], together.learnt), alone.learnt)
+
+
 def test_extra_step_counts_as_their_script_does():
     for n, steps in ((16, 5), (15, 4), (17, 5)):
         inner, outer = search_plan(
@@ -390,8 +407,6 @@ def test_adamw_of_transformers_is_differentiated_through():
 
 
 def test_a_clip_over_all_is_refused_beside_what_takes_the_gradient_elsewhere():
-    from agwm_jax.methods.interface import Hooks
-    from agwm_jax.methods.training import training_phase
 
     elsewhere = Hooks(differentiate=lambda value_and_grad, trained: value_and_grad(trained))
     with pytest.raises(AgwmError, match=r"method\.finetune_clip"):

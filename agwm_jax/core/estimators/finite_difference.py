@@ -91,7 +91,7 @@ def finite_difference(
         at: the weights that the difference is taken around, before the look-ahead's last update (whose derivative it
             then is) or after it, as Betty does.
         restore: take the weights back to where the look-ahead left them; false leaves them at the lower end of an
-            "after" difference, radius down along x, as Betty 0.2.0 does.
+            "after" difference, radius down along x, as Betty 0.2.0 does; it shows where the look-ahead is kept.
         scale: for "rms", see `rms_scale`, which is the default: no leaf is stacked.
         renew: ``renew(batch, number) -> batch`` with randomness of its own for end 1 and end 2; None: both ends share
             that of the look-ahead.
