@@ -59,6 +59,7 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
         prepared.draw.task.kind,
         seed=prepared.seed,
         num_examples=prepared.train_size,
+        rows=prepared.rows,
     )
     search, mixture = config.method.search, Mixture(config.method.mixup, setup)
     plan = search.plans(setup)[0]
@@ -67,15 +68,16 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
         raise AgwmError(f"the search has {steps} outer steps, {needed_steps} are needed: raise method.search.epochs.")
     loss = setup.loss()
     columns = {name: jax.tree.map(jnp.asarray, each) for name, each in prepared.draw.encoded.items()}
+    table = jax.tree.map(jnp.asarray, prepared.table)
     key = stream_key(prepared.seed, "dropout")
 
     def batches(step: int, order: int = 0):
         inner_key, outer_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, order), step))
         row = np.random.default_rng(order).permutation(steps)[step] if order else step
-        inner = gather(columns["train"], jnp.asarray(plan["inner"][row]), inner_key)
-        return inner, gather(columns["train"], jnp.asarray(plan["outer"][row]), outer_key)
+        inner = gather(table, jnp.asarray(plan["inner"][row]), inner_key)
+        return inner, gather(table, jnp.asarray(plan["outer"][row]), outer_key)
 
-    splits = {"fitted": gather(columns["train"], jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
+    splits = {"fitted": gather(table, jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
     if "development" in columns:
         held_out = columns["development"]
         splits["held out"] = gather(held_out, jnp.arange(len(held_out["labels"])))

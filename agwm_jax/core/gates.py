@@ -50,7 +50,13 @@ def gate_shape(form: Form, shape: Sequence[int], *, heads: tuple[int, int] = (1,
     return (*stack, rows, columns)
 
 
-def spread_gate(gate: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..."] | None:
+def gate_fits(own: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether every axis of a gate of shape `own` divides that of the kernel; axes that it lacks are leading ones."""
+    missing = len(shape) - len(own)
+    return missing >= 0 and all(n > 0 and size % n == 0 for n, size in zip(own, tuple(shape)[missing:], strict=True))
+
+
+def spread_gate(gate: Float[Array, "..."], shape: Sequence[int]) -> Float[Array, "..."]:
     """The gate as it meets a kernel: with its leading axes, and 1 or the kernel's number of rows and of columns.
 
     Every axis of a gate has as many entries as that of the kernel, or a number that divides it: each entry then acts
@@ -61,15 +67,21 @@ def spread_gate(gate: Float[Array, "..."], shape: Sequence[int]) -> Float[Array,
         shape: of the kernel, ``[*l, d_in, d_out]``.
 
     Returns:
-        ``[*l, 1 | d_in, 1 | d_out]``, which broadcasts to the kernel; None where the gate does not fit it.
+        ``[*l, 1 | d_in, 1 | d_out]``, which broadcasts to the kernel.
+
+    Raises:
+        AgwmError: the gate does not fit the kernel.
     """
-    own, shape = (1,) * (len(shape) - gate.ndim) + gate.shape, tuple(shape)
-    if len(own) != len(shape) or any(n == 0 or size % n for n, size in zip(own, shape, strict=True)):
-        return None
-    if own == shape:
+    if gate.shape == tuple(shape):
         return gate
-    found, last = gate.reshape(own), len(shape) - 2
-    for axis, (n, size) in enumerate(zip(own, shape, strict=True)):
+    if not gate_fits(gate.shape, shape):
+        raise AgwmError(
+            f"a gate of shape {gate.shape} does not fit a kernel of shape {tuple(shape)}: expected the same axes, or a "
+            "divisor of each."
+        )
+    found, last = gate.reshape((1,) * (len(shape) - gate.ndim) + gate.shape), len(shape) - 2
+    for axis, size in enumerate(shape):
+        n = found.shape[axis]
         if n != size and (axis < last or n > 1):
             found = jnp.repeat(found, size // n, axis)
     return found

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from agwm_jax.core.gates import Form, Parametrisation, gate_shape, spread_gate, start_value
+from agwm_jax.core.gates import Form, Parametrisation, gate_fits, gate_shape, spread_gate, start_value
 from agwm_jax.core.partition import Partition
 from agwm_jax.core.types import Alpha, Batch, Composite, LossFn, LowRank, Params, Problem, Scalar
 from agwm_jax.errors import AgwmError
@@ -142,13 +142,13 @@ def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array
             "left [d_in, r] and right [r, d_out]."
         )
     a = gate(factors)
-    fits = a if isinstance(factors, LowRank) else spread_gate(a, task.shape)
-    if task.shape != pretrained.shape or fits is None or (isinstance(factors, LowRank) and a.shape != task.shape):
+    fits = a.shape == task.shape if isinstance(factors, LowRank) else gate_fits(a.shape, task.shape)
+    if not fits or task.shape != pretrained.shape:
         raise AgwmError(
             f"{path!r}: the gate has shape {a.shape}, the task weight {task.shape}, the pretrained {pretrained.shape}; "
             "expected one shape, or in an array's axes a divisor of it: was alpha trained on another model?"
         )
-    a = fits
+    a = spread_gate(a, task.shape)
     if complement == "convex":
         return (a * task + (1 - a) * pretrained).astype(task.dtype)
     if not isinstance(factors, LowRank) or factors.left.shape[-1] != 1:

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
@@ -33,8 +34,8 @@ class Mixup(Section):
     )
     gate: Gate = Field(
         default="low_rank",
-        description="what A has a number for: low_rank (a product of factors), full (every entry), a row, column, head, "
-        "kernel or layer, or one in all",
+        description="what A has a number for: low_rank (every entry, by a product of factors), full (every entry), "
+        "row, column, head, kernel, layer, or one in all",
     )
     rank: int = Field(default=1, ge=1, description="rank of the factors of gate low_rank")
     start: float = Field(default=1.0, ge=0, le=1, description="where A starts; 1 is plain fine-tuning")
@@ -176,7 +177,7 @@ class Mixture:
         if self.settings.gate == "low_rank":
             return alpha
         own = share_gates(alpha, self._owners)
-        return {path: spread_gate(own[path], self.shapes[path]) for path in self.mixed}
+        return {path: spread_gate(jnp.asarray(own[path]), self.shapes[path]) for path in self.mixed}
 
     def statistics(self, alpha: Alpha) -> dict[str, Scalar]:
         """Of A over all entries of the mixed weights."""

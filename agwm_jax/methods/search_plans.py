@@ -25,7 +25,7 @@ class Split(NamedTuple):
 
 
 def read_splits(search: "Search", setup: Setup) -> list[Split]:
-    """The parts of every split, in the order of their training parts' size: the largest first.
+    """The parts of every split; where the training parts differ in size, the largest comes first.
 
     Raises:
         AgwmError: too few examples.
@@ -39,9 +39,10 @@ def read_splits(search: "Search", setup: Setup) -> list[Split]:
             setup.num_examples, num_folds=search.num_splits, batch_size=setup.batch_size, rng=setup.rng("folds")
         )
         # The last folds may have one example less, and what is left for W one more.
-        return [Split(*parts, rng) for parts, rng in zip(reversed(folds), rngs, strict=True)]
+        return [Split(train, fold, rng) for (train, fold), rng in zip(reversed(folds), rngs, strict=True)]
     fraction, n = search.validation_fraction, setup.num_examples
-    return [Split(*split_indices(n, validation_fraction=fraction, rng=rng), rng) for rng in rngs]
+    parts = [split_indices(n, validation_fraction=fraction, rng=rng) for rng in rngs]
+    return [Split(train, validation, rng) for (train, validation), rng in zip(parts, rngs, strict=True)]
 
 
 def search_plans(search: "Search", setup: Setup) -> list[Plan]:

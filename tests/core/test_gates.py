@@ -103,8 +103,9 @@ def test_a_spread_gate_has_the_kernels_layers(rng, form):
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (2, 6, 4), (3, 0, 1), (1, 3, 6, 4)])
-def test_what_does_not_fit_is_not_spread(shape):
-    assert spread_gate(jnp.ones(shape), SHAPE) is None
+def test_what_does_not_fit_is_refused(shape):
+    with pytest.raises(AgwmError, match=r"a gate of shape .* does not fit a kernel of shape \(3, 6, 4\)"):
+        spread_gate(jnp.ones(shape), SHAPE)
 
 
 @pytest.mark.parametrize("parametrisation", ["projection", "sigmoid"])

@@ -3,21 +3,30 @@
 import json
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import Runner, pretrained_weights, run, setup_of, shapes_of, trace_step
+from harness import Runner, abstract_step, pretrained_weights, run, setup_of, shapes_of, trace_step, training_set
+from test_cost import TOKENS, WIDTH
+from test_in_the_engine import CHUNK, Cut, CutAt, train
 from three_weights import DATA, PRETRAINED, batch, gradient
 from three_weights import setup as linear_setup
 
+from agwm_jax import InnerState, hypergrad, hypergradient, inner_steps
+from agwm_jax.core.cost import matmul_flops
 from agwm_jax.data.plan import PADDING
+from agwm_jax.engine.checkpoint import Checkpoints
+from agwm_jax.engine.group import Member
+from agwm_jax.engine.lanes import Programs
+from agwm_jax.engine.observer import InMemory
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.agwm import Agwm
 from agwm_jax.methods.alpha_after import SPLITS
 from agwm_jax.methods.interface import Context
-from agwm_jax.methods.mixup import ALPHA
+from agwm_jax.methods.mixup import ALPHA, Mixture, Mixup
 from agwm_jax.methods.search_plans import plans_for_after, search_plans
 from agwm_jax.methods.training import TASK
 from agwm_jax.settings.config import parse_config
@@ -25,6 +34,16 @@ from agwm_jax.settings.config import parse_config
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KERNEL = "encoder.query.kernel"
+FOLDS = {"splits": "folds", "num_splits": 2, "epochs": 2, "anchor": 0.1, "outer": {"learning_rate": 0.05}}
+AFTER = {
+    "when": "after",
+    "splits": "folds",
+    "num_splits": 2,
+    "epochs": 4,
+    "inner": {"learning_rate": 0.1, "weight_decay": 0.0, "gradient_clip": None},
+    "alpha_epochs": 400,
+    "outer": {"learning_rate": 0.05},
+}
 
 
 def agwm(setup, search: dict, **settings: Any):
@@ -62,20 +81,14 @@ def test_plans_of_one_shape_where_folds_need_different_numbers_of_batches():
 
 
 class TestOneSearchOfAllFolds:
-    SEARCH = {"splits": "folds", "num_splits": 2, "epochs": 2, "anchor": 0.1, "outer": {"learning_rate": 0.05}}
-
     def test_its_steps_are_those_of_a_loop_over_folds(self):
         """A hypergradient of its own for every fold, their mean, one update of alpha, then every W anew."""
-        from agwm_jax import hypergrad, hypergradient, inner_steps
-
         setup = linear_setup(batch_size=4)
-        method = agwm(setup, self.SEARCH, mixup={"gate": "full", "start": 0.7, "noise": 0.05})
+        method = agwm(setup, FOLDS, mixup={"gate": "full", "start": 0.7, "noise": 0.05})
         (phase,) = method.stages[0]
         assert phase.name == "search"
-        from agwm_jax.methods.mixup import Mixture, Mixup
-
         mixture = Mixture(Mixup(gate="full", start=0.7, noise=0.05), setup)
-        search = Agwm.model_validate({"search": self.SEARCH}).search
+        search = Agwm.model_validate({"search": FOLDS}).search
         problem = mixture.problem(PRETRAINED, setup.loss(reverse_only=False), anchor=0.1)
         steps = phase.num_steps
         inner_tx = search.inner.build(num_steps=steps, weights=setup.model.weights)
@@ -86,8 +99,6 @@ class TestOneSearchOfAllFolds:
         state = phase.start(context, jax.random.key(5))
         alpha = state.outer
         outer_state = outer_tx.init(alpha)
-        from agwm_jax import InnerState
-
         inner = [InnerState(initial[TASK], inner_tx.init(initial[TASK])) for _ in range(2)]
         take = jax.jit(phase.step)
         for step in range(3):
@@ -123,7 +134,7 @@ class TestOneSearchOfAllFolds:
         np.testing.assert_array_equal(learnt[ALPHA][KERNEL], state.outer[KERNEL])
 
     def test_it_runs_alone_and_over_seeds(self):
-        method = agwm(setup_of(epochs=1), {**self.SEARCH, "average": "alpha"}, mixup={"gate": "kernel"})
+        method = agwm(setup_of(epochs=1), {**FOLDS, "average": "alpha"}, mixup={"gate": "kernel"})
         alone = run(method, pretrained_weights(), jax.random.key(0))
         stacked = jax.tree.map(lambda x: jnp.stack([x, x]), pretrained_weights())
         keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
@@ -146,16 +157,6 @@ def test_what_every_phase_leaves_is_known_before(search, average):
 
 
 class TestAfter:
-    SEARCH = {
-        "when": "after",
-        "splits": "folds",
-        "num_splits": 2,
-        "epochs": 4,
-        "inner": {"learning_rate": 0.1, "weight_decay": 0.0, "gradient_clip": None},
-        "alpha_epochs": 400,
-        "outer": {"learning_rate": 0.05},
-    }
-
     def train(self, search, setup=None, **mixup):
         """The phases on the linear problem, step by step."""
         method = agwm(linear_setup(batch_size=5) if setup is None else setup, search, mixup=mixup)
@@ -175,7 +176,7 @@ class TestAfter:
     def test_one_number_is_the_least_squares_solution(self, start):
         """``mean_k |x . (w0 + a (w_k - w0)) - y|^2`` over the out-of-fold examples is a parabola in a."""
         # Alpha from full batches, and steps enough to converge.
-        method, (before, after) = self.train({**self.SEARCH, "epochs": 60}, gate="one", start=start, noise=0.0)
+        method, (before, after) = self.train({**AFTER, "epochs": 60}, gate="one", start=start, noise=0.0)
         top = bottom = 0.0
         for fold in range(2):
             rows = method.phases[1].plan["outer"][0, fold]
@@ -191,7 +192,7 @@ class TestAfter:
         np.testing.assert_allclose(after[TASK][KERNEL], before[SPLITS][KERNEL].mean(axis=0), rtol=1e-6)
 
     def test_w_of_a_split_is_plain_training_on_its_part(self):
-        search = {**self.SEARCH, "epochs": 1, "alpha_epochs": 1, "average": "alpha"}
+        search = {**AFTER, "epochs": 1, "alpha_epochs": 1, "average": "alpha"}
         search["inner"] = {**search["inner"], "schedule": "constant", "warmup_fraction": 0.0}
         method, (before, after) = self.train(search, gate="full", noise=0.0)
         plan = method.phases[0].plan["train"]
@@ -210,7 +211,7 @@ class TestAfter:
 
     def test_w_trains_through_the_mixture_where_alpha_starts(self):
         """At A = 0 the mixed weight has no gradient, and the anchor pulls it nowhere."""
-        search = {**self.SEARCH, "epochs": 1, "alpha_epochs": 1, "anchor": 0.5}
+        search = {**AFTER, "epochs": 1, "alpha_epochs": 1, "anchor": 0.5}
         _, (before, _) = self.train(search, gate="one", start=0.0, noise=0.0)
         before = jax.tree.map(np.asarray, before[SPLITS])
         np.testing.assert_array_equal(before[KERNEL], np.stack([PRETRAINED[KERNEL]] * 2))
@@ -218,7 +219,7 @@ class TestAfter:
 
     def test_the_anchor_keeps_w_near(self):
         free, bound = (
-            self.train({**self.SEARCH, "alpha_epochs": 1, "anchor": anchor}, gate="one", noise=0.0)[1][0]
+            self.train({**AFTER, "alpha_epochs": 1, "anchor": anchor}, gate="one", noise=0.0)[1][0]
             for anchor in (0.0, 100.0)
         )
         distance = [np.abs(np.asarray(x[SPLITS][KERNEL]) - np.asarray(PRETRAINED[KERNEL])).max() for x in (free, bound)]
@@ -235,6 +236,43 @@ class TestAfter:
         together = Runner(method, members=True).run(stacked, keys)
         for path, x in alone.weights.items():
             np.testing.assert_allclose(together.weights[path][0], x, atol=2e-5)
+
+
+def test_what_a_step_costs():
+    """In forward-backwards: with folds K times a search's 5, for W K, for alpha at most K."""
+    shapes, costs = shapes_of(width=WIDTH), {}
+    for name, search in (("folds", {"splits": "folds"}), ("after", {"when": "after", "validation_fraction": 0.4})):
+        setup = setup_of()
+        method = agwm(setup, {**search, "num_splits": 2})
+        for number, phase in enumerate(method.phases):
+            specs = abstract_step(phase, method.learnt_shapes(shapes, number), tokens=TOKENS, width=WIDTH)
+            costs[name, phase.name] = matmul_flops(phase.step, *specs)
+            if phase.name == "finetune":
+                whole = matmul_flops(jax.value_and_grad(setup.loss(reverse_only=True)), shapes, specs[2]["train"])
+    assert costs["folds", "search"] / whole == pytest.approx(2 * 5, abs=0.1)
+    assert costs["after", "weights"] / whole == pytest.approx(2, abs=0.02)
+    assert 4 / 3 - 0.02 <= costs["after", "search"] / whole <= 2.02
+
+
+@pytest.mark.parametrize("search", [{"splits": "folds"}, {"when": "after", "validation_fraction": 0.4}])
+def test_the_engine_continues_and_spreads_it(search, tmp_path):
+    """Cut short within the first phase; then on two devices, all weights cut over both."""
+    setup = setup_of(epochs=1, eps=1e-2)
+    search = {**search, "num_splits": 2, "epochs": 2, "inner": {"eps": 1e-2}, "outer": {"eps": 1e-2}}
+    method = agwm(setup, search, mixup={"gate": "head"}, estimator={"name": "first_order"})
+    pretrained, data = jax.tree.map(np.asarray, (pretrained_weights(), training_set()))
+    member, programs, whole = Member(0, method, pretrained, data, jax.random.key(5)), Programs(), InMemory(1)
+    learnt = train(member, whole, programs=programs)
+    assert method.phases[0].num_steps > CHUNK
+    for cut, observer in ((True, CutAt(1)), (False, InMemory(1))):
+        checkpoints = Checkpoints(tmp_path, keep=1, fingerprint="")
+        try:
+            continued = train(member, observer, programs=programs, checkpoint_minutes=1e-9, checkpoints=checkpoints)
+        except Cut:
+            assert cut
+        checkpoints.close()
+    chex.assert_trees_all_equal(continued, learnt)
+    chex.assert_trees_all_close(train(member, InMemory(1), devices=2), learnt, atol=2e-5, rtol=2e-5)
 
 
 def test_a_file_holds_out_nothing():
