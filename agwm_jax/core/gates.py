@@ -98,7 +98,7 @@ def share_gates(alpha: Alpha, owners: Mapping[str, str]) -> Alpha:
         One number for two kernels of different shapes, and its gradient, the sum of both.
 
         >>> import jax, jax.numpy as jnp
-        >>> from agwm_jax import mix, partition, share
+        >>> from agwm_jax import mix, partition, share_gates
         >>> parts = partition({"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 1))}, mixed=("a", "b"))
         >>> task, one = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}, {"a": jnp.full((1, 1), 0.5)}
         >>> def total(alpha):

@@ -91,7 +91,7 @@ class Search(Section):
             (folds and self.num_splits < 2, f"num_splits: got {self.num_splits}; allowed: 2 or more with splits folds"),
             (
                 folds and self.validation != "split",
-                "splits: got folds; allowed: random with a validation file, for nothing of the training set is held out",
+                "splits: got folds; allowed: random with a validation file, for W then sees the whole training set",
             ),
             (
                 self.when == "after" and self.inner_steps != 1,
