@@ -134,6 +134,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
 
     listing = group.add_parser("list", help="list what can be chosen, by kind", **options)
     listing.add_argument("kind", nargs="?", choices=_REGISTRIES, help="what to list, with cost and paper")
+    group.add_parser("methods", help="list the methods, with what each costs and its paper", **options)
 
     evaluate = group.add_parser("eval", help="score a finished run", **options)
     predict = group.add_parser("predict", help="label the texts of a file", **options)
@@ -269,6 +270,18 @@ def _list(parsed: argparse.Namespace, _: list[str]) -> int:
             facts = [f"{name}: {fact}" for name, fact in entry.facts.items() if isinstance(fact, str | int)]
             text = " ".join([entry.summary, *([f"({'; '.join(facts)})"] if facts else [])])
             print(textwrap.fill(text, 120, initial_indent=f"{entry.name:<24}", subsequent_indent=" " * 24))
+    return OK
+
+
+def _methods(_: argparse.Namespace, __: list[str]) -> int:
+    from agwm_jax.methods.interface import METHODS
+    from agwm_jax.methods.technique import Technique
+
+    print("cost: forward-backwards of a training step; +: goes together with other methods (--techniques '[NAME]')\n")
+    for entry in METHODS.entries():
+        name = f"{entry.name}{' +' if issubclass(entry.value, Technique) else ''}"
+        text = f"{entry.summary} (cost {entry.facts['cost']}; {entry.facts['paper']})"
+        print(textwrap.fill(text, 120, initial_indent=f"{name:<24}", subsequent_indent=" " * 24))
     return OK
 
 

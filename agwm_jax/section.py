@@ -68,18 +68,20 @@ class Located:
     """Marks a text as a path: relative to the config that says it (an override: to the working directory).
 
     `load_config` makes it absolute, so that it is found from anywhere. With `or_name` the text may be a name instead:
-    it is a path where it starts as one (``./``, ``../``, ``~``, ``/``) or where such a folder exists.
+    it is a path where it starts as one (``./``, ``../``, ``~``, ``/``) or where such a folder exists. Texts of `words`
+    are no paths.
     """
 
-    def __init__(self, *, or_name: bool = False):
+    def __init__(self, *, or_name: bool = False, words: tuple[str, ...] = ()):
         """A path and nothing else by default."""
-        self.or_name = or_name
+        self.or_name, self.words = or_name, words
 
     def absolute(self, text: str, folder: Path) -> str:
         """The text, or the absolute path that it means in a config of `folder`."""
         path = os.path.abspath(folder / os.path.expanduser(text))
         says_so = text.startswith(("./", "../", "~", "/")) or text in (".", "..")
-        return path if text and (says_so or not self.or_name or os.path.isdir(path)) else text
+        is_path = text not in ("", *self.words) and (says_so or not self.or_name or os.path.isdir(path))
+        return path if is_path else text
 
 
 FilePath = Annotated[str, Field(min_length=1), Located()]

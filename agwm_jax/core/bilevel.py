@@ -1,6 +1,7 @@
 """The hypergradient at a point, and one outer iteration as a pure step."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -94,6 +95,7 @@ def bilevel(
     project: Callable[[Vector], Vector] = lambda outer: outer,
     rollback: Rollback = False,
     renew: Callable[[Batch, Any], Batch] | None = None,
+    num_inner: int | None = None,
 ) -> BilevelSolver:
     """Alternate k inner updates with one outer update along the hypergradient.
 
@@ -117,6 +119,11 @@ def bilevel(
         renew: ``renew(batch, number) -> batch`` with randomness of its own, for the batches of the k updates that
             `rollback` takes anew (number 3; 1 and 2 are the ends of a ``finite_difference``); None: they share that of
             the look-ahead.
+        num_inner: K inner problems that share the outer variable, one a cross-validation fold for instance: the outer
+            loss is the mean of theirs, each hypergradient goes through its own inner variable, and all K are one
+            mapped program. Leaves of the inner variable, of its state, of the estimator's and of the outer batch then
+            have a leading axis ``[K, ...]``, those of the inner batches ``[K, k, ...]``; what `problem` closes over is
+            there once. Costs K times as much. ``info`` holds means, and the norm of the mean hypergradient.
 
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
@@ -144,30 +151,45 @@ def bilevel(
     check.estimator(estimator)
     if not isinstance(rollback, bool) and rollback not in get_args(get_args(Rollback)[1]):
         raise AgwmError(f"bilevel(rollback={rollback!r}): expected True, False or 'from_look_ahead'.")
+    check.num_inner(num_inner)
     solve = optimizer_steps(inner_tx)
+
+    def each(fn: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+        """`fn` of all inner problems."""
+        return fn if num_inner is None else jax.vmap(fn, in_axes=in_axes, axis_size=num_inner)
 
     def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
+        check.inner_axis("inner_params", inner_params, num_inner)
         inner_params, outer = jax.tree.map(lambda x: jnp.array(x, copy=True), (inner_params, outer))
         projected = project(outer)
         check.same_leaves("project(outer)", projected, "the outer variable", outer)
-        inner = solve.init(inner_params)
-        return BilevelState(inner, projected, outer_tx.init(projected), estimator.init(inner, projected))
+        inner = each(solve.init)(inner_params)
+        own = each(estimator.init, (0, None))(inner, projected)
+        return BilevelState(inner, projected, outer_tx.init(projected), own)
 
     def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch) -> tuple[BilevelState, Info]:
+        check.inner_axis("inner_batches", inner_batches, num_inner)
+        check.inner_axis("outer_batch", outer_batch, num_inner)
         inner, outer, after = state.inner, state.outer, state.estimator
-        estimate = _estimate(problem, estimator, solve, inner, outer, inner_batches, outer_batch, after)
+        estimate_each = each(partial(_estimate, problem, estimator, solve), (0, None, 0, 0, 0))
+        estimate = estimate_each(inner, outer, inner_batches, outer_batch, after)
+        if num_inner is not None:
+            estimate = _mean(estimate)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
         inner, after = estimate.inner, estimate.state
         if rollback:
             onward = rollback == "from_look_ahead"
-            start = _onward(state.inner, inner) if onward else state.inner
-            batches = inner_batches if renew is None else jax.vmap(lambda batch: renew(batch, 3))(inner_batches)
-            inner, _ = solve.run(problem.inner_loss, start, outer, batches)
+            start = each(_onward)(state.inner, inner) if onward else state.inner
+            batches = inner_batches
+            if renew is not None:
+                batches = each(jax.vmap(lambda batch: renew(batch, 3)))(inner_batches)
+            solve_each = each(partial(solve.run, problem.inner_loss), (0, None, 0))
+            inner, _ = solve_each(start, outer, batches)
             if estimator.retake is not None:
-                own = after if onward else state.estimator
-                after = estimator.retake(problem, solve, own, outer, inner_batches, outer_batch)
+                retake_each = each(partial(estimator.retake, problem, solve), (0, None, 0, 0))
+                after = retake_each(after if onward else state.estimator, outer, inner_batches, outer_batch)
         return BilevelState(inner, outer, outer_opt_state, after), estimate.info
 
     return BilevelSolver(init, step)
@@ -206,3 +228,11 @@ def _estimate(
     estimate = estimator.estimate(problem, solve, inner, outer, inner_batches, outer_batch, state)
     check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", outer)
     return estimate._replace(info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)})
+
+
+def _mean(estimates: Estimate) -> Estimate:
+    """Of the estimates of several inner problems, whose leaves have a leading axis: their hypergradient and info."""
+    hypergradient, info = jax.tree.map(lambda x: x.mean(axis=0), (estimates.hypergradient, estimates.info))
+    return estimates._replace(
+        hypergradient=hypergradient, info={**info, "hypergradient_norm": trees.norm(hypergradient)}
+    )

@@ -154,7 +154,8 @@ def build_model(
         raise AgwmError(f"The family's table lacks {', '.join(sorted(shapes.keys() - weights.keys()))}.")
     scanned = tuple(path for path, weight in weights.items() if weight.is_stacked)
     embed, features, logits = (functionalize(module, name, scanned)[0] for name in ("embed", "features", "logits"))
-    return Model(embed, features, logits, weights), {path: shapes[path] for path in weights}
+    heads = getattr(config, "num_attention_heads", None)  # as config.json has it; a model without attention has none
+    return Model(embed, features, logits, weights, heads), {path: shapes[path] for path in weights}
 
 
 def fresh_params(

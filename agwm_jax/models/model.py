@@ -30,6 +30,8 @@ class Model(NamedTuple):
     """``logits(params, features, *, key=None)``: of the head."""
     weights: Weights
     """By path, in the order of the model."""
+    num_heads: int | None = None
+    """Into how many equal blocks attention cuts what the logical axis ``heads`` counts; None: there is no attention."""
 
     def apply(
         self, params: Effective, batch: Batch, *, key: Key[Array, ""] | None = None, reverse_only: bool = False

@@ -13,7 +13,6 @@ from harness import Runner, phase_key, setup_of
 
 from agwm_jax import LowRank, Problem, hypergrad, hypergradient
 from agwm_jax.core.deferred import materialise
-from agwm_jax.data.plan import search_plan
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Context, Hooks
 from agwm_jax.methods.optimizers import OptimizerSettings, schedule
@@ -335,19 +334,15 @@ def test_what_was_run_runs_mapped_over_seeds():
 
 
 def test_extra_step_counts_as_their_script_does():
-    for n, steps in ((16, 5), (15, 4), (17, 5)):
-        inner, outer = search_plan(
-            np.arange(n),
-            np.arange(100, 108),
-            batch_size=4,
-            inner_steps=1,
-            epochs=2,
-            rng=np.random.default_rng(0),
-            extra_step=True,
-        )
-        assert (len(inner), len(outer)) == (2 * steps, 2 * steps)
-        assert (inner >= 0).any((1, 2)).all()  # none is empty
-        assert sorted(inner[: math.ceil(n / 4)].ravel()[:n].tolist()) == list(range(n))  # and passes stay whole
+    """n // b + 1 steps an epoch: 16, 15 and 17 examples in batches of 4, of which every fifth example is alpha's."""
+    for rows, steps in ((20, 5), (19, 4), (21, 5)):
+        settings, finetune = preset("meant", epochs=1, num_splits=2, search_epochs=2)
+        first = arrays(RECORDED["first"])["task"]
+        for plan in settings.search.plans(setup(finetune, first, rows=rows, dropout=False)):
+            assert (len(plan["inner"]), len(plan["outer"])) == (2 * steps, 2 * steps)
+            assert (plan["inner"] >= 0).any((1, 2)).all()  # none is empty
+            n = rows - round(rows / 5)
+            assert len(set(plan["inner"][: math.ceil(n / 4)].ravel()) - {-1}) == n  # and passes stay whole
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
