@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from agwm_jax.core import trees
     from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel, hypergradient
     from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
+    from agwm_jax.core.gates import bound_alpha, gate_shape, share_gates, spread_gate
     from agwm_jax.core.inner import InnerSolve, InnerState, gradient_step, inner_steps
     from agwm_jax.core.mixup import alpha_statistics, gate, init_alpha, mix, mixup_problem, project_alpha
     from agwm_jax.core.partition import Partition, partition
@@ -31,6 +32,7 @@ _HOME = {
     "errors": "AgwmError",
     "core.types": "Composite LowRank Problem",
     "core.partition": "Partition partition",
+    "core.gates": "bound_alpha gate_shape share_gates spread_gate",
     "core.mixup": "alpha_statistics gate init_alpha mix mixup_problem project_alpha",
     "core.inner": "InnerSolve InnerState gradient_step inner_steps",
     "core.bilevel": "BilevelSolver BilevelState bilevel hypergradient",

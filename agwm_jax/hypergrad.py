@@ -9,6 +9,7 @@ from agwm_jax.core.estimators.base import Estimate as Estimate
 from agwm_jax.core.estimators.base import Estimator as Estimator
 from agwm_jax.core.estimators.base import stateless as stateless
 from agwm_jax.core.estimators.finite_difference import finite_difference as finite_difference
+from agwm_jax.core.estimators.finite_difference import rms_scale as rms_scale
 from agwm_jax.core.estimators.first_order import first_order as first_order
 from agwm_jax.core.estimators.implicit import implicit as implicit
 from agwm_jax.core.estimators.penalty import penalty as penalty

@@ -68,18 +68,20 @@ class Located:
     """Marks a text as a path: relative to the config that says it (an override: to the working directory).
 
     `load_config` makes it absolute, so that it is found from anywhere. With `or_name` the text may be a name instead:
-    it is a path where it starts as one (``./``, ``../``, ``~``, ``/``) or where such a folder exists.
+    it is a path where it starts as one (``./``, ``../``, ``~``, ``/``) or where such a folder exists. Texts of `words`
+    are no paths.
     """
 
-    def __init__(self, *, or_name: bool = False):
+    def __init__(self, *, or_name: bool = False, words: tuple[str, ...] = ()):
         """A path and nothing else by default."""
-        self.or_name = or_name
+        self.or_name, self.words = or_name, words
 
     def absolute(self, text: str, folder: Path) -> str:
         """The text, or the absolute path that it means in a config of `folder`."""
         path = os.path.abspath(folder / os.path.expanduser(text))
         says_so = text.startswith(("./", "../", "~", "/")) or text in (".", "..")
-        return path if text and (says_so or not self.or_name or os.path.isdir(path)) else text
+        is_path = text not in ("", *self.words) and (says_so or not self.or_name or os.path.isdir(path))
+        return path if is_path else text
 
 
 FilePath = Annotated[str, Field(min_length=1), Located()]
@@ -254,9 +256,15 @@ class _Derived(Section):
     factory: ClassVar[Callable[..., Any]]
     key: ClassVar[str]
 
-    def build(self) -> Any:
-        """What the factory makes of these settings."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name != self.key}
+    def build(self, **unwritten: Any) -> Any:
+        """What the factory makes of these settings.
+
+        Args:
+            unwritten: arguments that no config can write; those that the factory does not take are left out.
+        """
+        takes = inspect.signature(type(self).factory).parameters
+        values = {name: value for name, value in unwritten.items() if name in takes}
+        values |= {name: getattr(self, name) for name in type(self).model_fields if name != self.key}
         return type(self).factory(**{n: v.build() if isinstance(v, _Derived) else v for n, v in values.items()})
 
     @model_validator(mode="after")

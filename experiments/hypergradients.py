@@ -79,7 +79,7 @@ def compared(preset: Preset, learning_rate: float) -> Compared:
         "unrolled, differences": hypergrad.unrolled(hvp="finite_difference"),
         f"finite_difference, {learning_rate:g} v (DARTS)": hypergrad.finite_difference(step_size=learning_rate),
         "finite_difference, v": hypergrad.finite_difference(),
-        "finite_difference, SAMA": hypergrad.finite_difference(precondition=True),
+        "finite_difference, SAMA": hypergrad.finite_difference(precondition="adjoint"),
         "penalty 10": hypergrad.penalty(weight=10.0),
         "gradient_descent 1, GN": implicit(linear_solve.gradient_descent(step_size=auto), curvature="gauss_newton"),
     }

@@ -110,7 +110,7 @@ def test_words_that_yaml_1_1_takes_for_booleans_are_texts(write):
         ("finetune: {optimizer: {gradient_clip: 0}}", ["finetune.optimizer.gradient_clip", "a number > 0 or null"]),
         ("method: {search: {anchor: .inf}}", ["method.search.anchor", "a number >= 0"]),
         ("finetune: {optimizer: {learning_rate: .nan}}", ["finetune.optimizer.learning_rate", "a number > 0"]),
-        ("method: {mixup: {rank: 0}}", ["method.mixup.rank", "0", "a whole number >= 1 or full"]),
+        ("method: {mixup: {rank: 0}}", ["method.mixup.rank", "0", "a whole number >= 1"]),
         ("method: {mixup: {complement: factored, rank: 2}}", ["method.mixup.rank: got 2", "factored"]),
         ("method: {name: vanila}", ["method.name: got 'vanila'", "one of agwm, ", "did you mean vanilla?"]),
         ("method: vanila", ["method.name: got 'vanila'", "did you mean vanilla?"]),

@@ -14,7 +14,6 @@ from agwm_jax.core.bilevel import BilevelState, bilevel
 from agwm_jax.core.cost import matmul_flops
 from agwm_jax.core.estimators.base import Estimator
 from agwm_jax.core.inner import InnerState
-from agwm_jax.core.mixup import mixup_problem, project_alpha
 from agwm_jax.core.types import Params, Problem
 from agwm_jax.engine.batches import gather
 from agwm_jax.engine.lanes import compiler_options
@@ -31,6 +30,8 @@ class Setting(NamedTuple):
     pretrained: Params
     problem: Callable[[Params, Any], Problem]
     """``problem(pretrained, anchor)``; the anchor may be traced, so that one program serves all."""
+    project: Callable[[Any], Any]
+    """Of alpha, after every update."""
     inner_tx: optax.GradientTransformation
     outer_tx: optax.GradientTransformation
     batches: Callable[..., tuple[Any, Any]]
@@ -58,6 +59,7 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
         prepared.draw.task.kind,
         seed=prepared.seed,
         num_examples=prepared.train_size,
+        rows=prepared.rows,
     )
     search, mixture = config.method.search, Mixture(config.method.mixup, setup)
     plan = search.plans(setup)[0]
@@ -66,31 +68,42 @@ def read_setting(config: Config, needed_steps: int) -> Setting:
         raise AgwmError(f"the search has {steps} outer steps, {needed_steps} are needed: raise method.search.epochs.")
     loss = setup.loss()
     columns = {name: jax.tree.map(jnp.asarray, each) for name, each in prepared.draw.encoded.items()}
+    table = jax.tree.map(jnp.asarray, prepared.table)
     key = stream_key(prepared.seed, "dropout")
 
     def batches(step: int, order: int = 0):
         inner_key, outer_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, order), step))
         row = np.random.default_rng(order).permutation(steps)[step] if order else step
-        inner = gather(columns["train"], jnp.asarray(plan["inner"][row]), inner_key)
-        return inner, gather(columns["train"], jnp.asarray(plan["outer"][row]), outer_key)
+        inner = gather(table, jnp.asarray(plan["inner"][row]), inner_key)
+        return inner, gather(table, jnp.asarray(plan["outer"][row]), outer_key)
 
-    splits = {"fitted": gather(columns["train"], jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
+    splits = {"fitted": gather(table, jnp.asarray(np.unique(plan["outer"][plan["outer"] >= 0])))}
     if "development" in columns:
         held_out = columns["development"]
         splits["held out"] = gather(held_out, jnp.arange(len(held_out["labels"])))
 
     def problem(pretrained: Params, anchor) -> Problem:
-        parts = mixture.partition(pretrained)
-        return mixup_problem(loss, parts, complement=config.method.mixup.complement, anchor=anchor)
+        return mixture.problem(pretrained, loss, anchor=anchor)
 
     pretrained = jax.tree.map(jnp.asarray, prepared.pretrained.params)
     inner_tx = search.inner.build(num_steps=steps * k, weights=setup.model.weights)
     outer_tx = search.outer.build(num_steps=steps, weights=setup.model.weights)
-    alpha = project_alpha(mixture.init_alpha(stream_key(prepared.seed, "alpha"), pretrained))
+    alpha = mixture.init_alpha(stream_key(prepared.seed, "alpha"), pretrained)
     task = mixture.partition(pretrained).task
     # The estimator's own part is begun by `Program.init_estimator`.
     start = BilevelState(InnerState(task, inner_tx.init(task)), alpha, outer_tx.init(alpha), ())
-    return Setting(pretrained, problem, inner_tx, outer_tx, batches, start, splits, search.inner.learning_rate, steps)
+    return Setting(
+        pretrained,
+        problem,
+        mixture.project,
+        inner_tx,
+        outer_tx,
+        batches,
+        start,
+        splits,
+        search.inner.learning_rate,
+        steps,
+    )
 
 
 class Program(NamedTuple):
@@ -127,7 +140,7 @@ def compile_step(setting: Setting, estimator: Estimator) -> Program:
             recording,
             inner_tx=setting.inner_tx,
             outer_tx=setting.outer_tx,
-            project=project_alpha,
+            project=setting.project,
         )
         return solver.step(state, inner_batches, outer_batch)
 

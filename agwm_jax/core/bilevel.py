@@ -1,7 +1,8 @@
 """The hypergradient at a point, and one outer iteration as a pure step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from agwm_jax.core import check, trees
 from agwm_jax.core.estimators.base import Estimate, Estimator
 from agwm_jax.core.inner import InnerSolve, InnerState, optimizer_steps, solved_elsewhere
 from agwm_jax.core.types import Batch, Info, Problem, Vector
+from agwm_jax.errors import AgwmError
+
+Rollback = bool | Literal["from_look_ahead"]
 
 
 class BilevelState(NamedTuple):
@@ -61,7 +65,7 @@ def hypergradient(
 
     Raises:
         AgwmError: as for `bilevel`, or an estimator that differentiates steps (``unrolled``, ``penalty``, a
-            preconditioned ``finite_difference``) without `inner_tx`.
+            ``finite_difference`` with a preconditioner) without `inner_tx`.
 
     Example:
         Ridge regression ``|w - 3|^2 / 2 + o |w|^2 / 2``, solved by hand: w = 3 / (1 + o).
@@ -89,13 +93,18 @@ def bilevel(
     inner_tx: optax.GradientTransformation,
     outer_tx: optax.GradientTransformation,
     project: Callable[[Vector], Vector] = lambda outer: outer,
-    rollback: bool = False,
+    rollback: Rollback = False,
+    renew: Callable[[Batch, Any], Batch] | None = None,
+    num_inner: int | None = None,
 ) -> BilevelSolver:
     """Alternate k inner updates with one outer update along the hypergradient.
 
     One step: a look-ahead of k inner updates at the current outer variable; the hypergradient there; the outer update
     and its projection. The look-ahead is kept; with `rollback` the k updates are taken anew from the state before it,
-    at the new outer variable and on the same batches (the order of arXiv 2403.12918), which costs k fb.
+    at the new outer variable and on the same batches (the order of arXiv 2403.12918), which costs k fb. With
+    ``rollback="from_look_ahead"`` they are taken on top of the look-ahead, which is what Betty 0.2.0 does where it is
+    asked to roll back: its copy of the weights and moments shares their memory. Schedules do not count those steps,
+    and at the very first iteration, where there was no state to share, the optimiser starts anew.
 
     Pure and jittable; the caller jits, donates the state, and may build the solver inside the jitted function so that
     what `problem` closes over are traced arguments.
@@ -107,6 +116,14 @@ def bilevel(
         outer_tx: optimiser of the outer variable, fed with the hypergradient.
         project: applied to the outer variable at the start and after every update.
         rollback: see above.
+        renew: ``renew(batch, number) -> batch`` with randomness of its own, for the batches of the k updates that
+            `rollback` takes anew (number 3; 1 and 2 are the ends of a ``finite_difference``); None: they share that of
+            the look-ahead.
+        num_inner: K inner problems that share the outer variable, one a cross-validation fold for instance: the outer
+            loss is the mean of theirs, each hypergradient goes through its own inner variable, and all K are one
+            mapped program. Leaves of the inner variable, of its state, of the estimator's and of the outer batch then
+            have a leading axis ``[K, ...]``, those of the inner batches ``[K, k, ...]``; what `problem` closes over is
+            there once. Costs K times as much. ``info`` holds means, and the norm of the mean hypergradient.
 
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
@@ -132,29 +149,66 @@ def bilevel(
         1.0
     """
     check.estimator(estimator)
+    if not isinstance(rollback, bool) and rollback not in get_args(get_args(Rollback)[1]):
+        raise AgwmError(f"bilevel(rollback={rollback!r}): expected True, False or 'from_look_ahead'.")
+    check.num_inner(num_inner)
     solve = optimizer_steps(inner_tx)
+
+    def each(fn: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+        """`fn` of all inner problems."""
+        return fn if num_inner is None else jax.vmap(fn, in_axes=in_axes, axis_size=num_inner)
 
     def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
+        check.inner_axis("inner_params", inner_params, num_inner)
         inner_params, outer = jax.tree.map(lambda x: jnp.array(x, copy=True), (inner_params, outer))
         projected = project(outer)
         check.same_leaves("project(outer)", projected, "the outer variable", outer)
-        inner = solve.init(inner_params)
-        return BilevelState(inner, projected, outer_tx.init(projected), estimator.init(inner, projected))
+        inner = each(solve.init)(inner_params)
+        own = each(estimator.init, (0, None))(inner, projected)
+        return BilevelState(inner, projected, outer_tx.init(projected), own)
 
     def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch) -> tuple[BilevelState, Info]:
+        check.inner_axis("inner_batches", inner_batches, num_inner)
+        check.inner_axis("outer_batch", outer_batch, num_inner)
         inner, outer, after = state.inner, state.outer, state.estimator
-        estimate = _estimate(problem, estimator, solve, inner, outer, inner_batches, outer_batch, after)
+        estimate_each = each(partial(_estimate, problem, estimator, solve), (0, None, 0, 0, 0))
+        estimate = estimate_each(inner, outer, inner_batches, outer_batch, after)
+        if num_inner is not None:
+            estimate = _mean(estimate)
         updates, outer_opt_state = outer_tx.update(estimate.hypergradient, state.outer_opt_state, state.outer)
         outer = project(optax.apply_updates(state.outer, updates))
         inner, after = estimate.inner, estimate.state
         if rollback:
-            inner, _ = solve.run(problem.inner_loss, state.inner, outer, inner_batches)
+            onward = rollback == "from_look_ahead"
+            start = each(_onward)(state.inner, inner) if onward else state.inner
+            batches = inner_batches
+            if renew is not None:
+                batches = each(jax.vmap(lambda batch: renew(batch, 3)))(inner_batches)
+            solve_each = each(partial(solve.run, problem.inner_loss), (0, None, 0))
+            inner, _ = solve_each(start, outer, batches)
             if estimator.retake is not None:
-                after = estimator.retake(problem, solve, state.estimator, outer, inner_batches, outer_batch)
+                retake_each = each(partial(estimator.retake, problem, solve), (0, None, 0, 0))
+                after = retake_each(after if onward else state.estimator, outer, inner_batches, outer_batch)
         return BilevelState(inner, outer, outer_opt_state, after), estimate.info
 
     return BilevelSolver(init, step)
+
+
+def _onward(before: InnerState, after: InnerState) -> InnerState:
+    """Where ``rollback="from_look_ahead"`` steps from: as after, but for what counts iterations."""
+    moments = jax.tree.map(
+        lambda new, old: old if _is_schedule(new) else new, after.opt_state, before.opt_state, is_leaf=_is_schedule
+    )
+    counts = [x for x in jax.tree.leaves(before.opt_state) if jnp.issubdtype(jnp.result_type(x), jnp.integer)]
+    if counts:
+        first = jnp.all(jnp.stack([jnp.all(count == 0) for count in counts]))
+        moments = jax.tree.map(lambda new, old: jnp.where(first, old, new), moments, before.opt_state)
+    return InnerState(after.params, moments)
+
+
+def _is_schedule(state: Any) -> bool:
+    return isinstance(state, optax.ScaleByScheduleState)
 
 
 def _estimate(
@@ -174,3 +228,11 @@ def _estimate(
     estimate = estimator.estimate(problem, solve, inner, outer, inner_batches, outer_batch, state)
     check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", outer)
     return estimate._replace(info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)})
+
+
+def _mean(estimates: Estimate) -> Estimate:
+    """Of the estimates of several inner problems, whose leaves have a leading axis: their hypergradient and info."""
+    hypergradient, info = jax.tree.map(lambda x: x.mean(axis=0), (estimates.hypergradient, estimates.info))
+    return estimates._replace(
+        hypergradient=hypergradient, info={**info, "hypergradient_norm": trees.norm(hypergradient)}
+    )

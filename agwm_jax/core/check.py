@@ -55,6 +55,26 @@ def same_leaves(name: str, tree: PyTree, expected_name: str, expected: PyTree) -
         raise AgwmError(f"{name} is a {kind} where {expected_name} is a {expected_kind}: expected the same tree.")
 
 
+def num_inner(number: int | None) -> None:
+    """How many inner problems there are."""
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise AgwmError(
+            f"num_inner = {number!r}: expected an integer of 1 or more, or None for a single inner problem."
+        )
+
+
+def inner_axis(name: str, tree: PyTree, number: int | None) -> None:
+    """All leaves carry one leading axis of that many inner problems."""
+    if number is None:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.shape(leaf)[:1] != (number,):
+            raise AgwmError(
+                f"{name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}: expected [{number}, ...], one entry "
+                f"an inner problem, for num_inner = {number}."
+            )
+
+
 def inner_batches(batches: Batch, outer_batch: Batch) -> None:
     """All leaves carry one leading axis of inner steps, which the outer batch lacks."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batches)]

@@ -1,11 +1,14 @@
 """The mixture of pretrained and task weights, ``W_eff = A * W + (1 - A) * W0``, and the gate A."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
+from agwm_jax.core.gates import Form, Parametrisation, gate_fits, gate_shape, spread_gate, start_value
 from agwm_jax.core.partition import Partition
 from agwm_jax.core.types import Alpha, Batch, Composite, LossFn, LowRank, Params, Problem, Scalar
 from agwm_jax.errors import AgwmError
@@ -14,45 +17,66 @@ Complement = Literal["convex", "factored"]
 
 
 def init_alpha(
-    key: Key[Array, ""], partition: Partition, *, rank: int | Literal["full"] = 1, noise: float = 0.005
+    key: Key[Array, ""],
+    partition: Partition,
+    *,
+    gate: Form | Mapping[str, tuple[int, ...]] = "low_rank",
+    rank: int = 1,
+    start: float = 1.0,
+    noise: float = 0.005,
+    parametrisation: Parametrisation = "projection",
 ) -> Alpha:
-    """Draw the gate of every mixed weight near 1, so that training starts as ordinary fine-tuning.
+    """Draw the gate of every mixed weight near `start`; near 1 training starts as ordinary fine-tuning.
 
-    Factors are drawn from N(1, noise) and projected to [0, 1] (arXiv 2403.12918). They are float32 whatever the weights
-    are (float64 for such weights), for near 1 bfloat16 has steps of 0.004.
+    Every number of alpha is drawn from ``N(start, noise)`` and projected to [0, 1] (arXiv 2403.12918); factors from
+    ``N(sqrt(start), noise)``, so that A is near `start` at every rank. With ``parametrisation="sigmoid"`` alpha is
+    ``N(logit(start), noise)``, and its sigmoid the gate (or factor). Alpha is float32 whatever the weights are (float64
+    for such weights), for near 1 bfloat16 has steps of 0.004.
 
     Args:
         key: PRNG key.
-        partition: of the model; a mixed weight ``[*l, d_in, d_out]`` gets ``left [*l, d_in, r]`` and
-            ``right [*l, r, d_out]``.
-        rank: r, 1 or more, or ``"full"``: alpha is then the matrix A itself.
-        noise: standard deviation of the start; 0 starts at exactly A = 1.
+        partition: of the model.
+        gate: ``"low_rank"``: a mixed weight ``[*l, d_in, d_out]`` gets ``left [*l, d_in, r]`` and
+            ``right [*l, r, d_out]``; another form: an array, see `agwm_jax.gate_shape`; or the shape of the array by
+            path, for gates of other kinds, and for those that several weights share (`agwm_jax.share_gates`).
+        rank: r of ``"low_rank"``, 1 or more.
+        start: of A.
+        noise: standard deviation of the start; 0 starts at exactly `start`.
+        parametrisation: what keeps A in [0, 1]; with ``"sigmoid"`` there is nothing to project, and `mix` takes
+            ``bound_alpha(alpha, "sigmoid")``.
 
     Raises:
-        AgwmError: a rank below 1 or a negative noise.
+        AgwmError: a rank below 1, a negative noise, a start outside [0, 1], an unknown form or path.
     """
-    if rank != "full" and (not isinstance(rank, int) or rank < 1):
-        raise AgwmError(f"rank = {rank!r}: expected an integer of 1 or more, or 'full'.")
+    if not isinstance(rank, int) or rank < 1:
+        raise AgwmError(f"rank = {rank!r}: expected an integer of 1 or more; for the matrix A itself say gate='full'.")
     if noise < 0:
         raise AgwmError(f"noise = {noise}: expected a standard deviation of 0 or more.")
+    unknown = [path for path in gate if path not in partition.mixed] if isinstance(gate, Mapping) else []
+    if unknown:
+        raise AgwmError(f"gate has a shape for {unknown[0]!r}, which the partition does not mix.")
+    form: Form = gate if isinstance(gate, str) else "full"
+    centre = start_value(start, form, parametrisation)
 
-    def near_one(key, shape, dtype):
-        return 1 + noise * jax.random.normal(key, shape, dtype)
+    def near_start(key, shape, dtype):
+        return centre + noise * jax.random.normal(key, shape, dtype)
 
     alpha: Alpha = {}
     for path, path_key in zip(partition.mixed, jax.random.split(key, len(partition.mixed)), strict=True):
         weight = partition.weights[path]
         *stack, d_in, d_out = weight.shape
         dtype = jnp.promote_types(weight.dtype, jnp.float32)
-        if rank == "full":
-            alpha[path] = near_one(path_key, weight.shape, dtype)
-        else:
+        if form == "low_rank":
             left_key, right_key = jax.random.split(path_key)
             alpha[path] = LowRank(
-                left=near_one(left_key, (*stack, d_in, rank), dtype),
-                right=near_one(right_key, (*stack, rank, d_out), dtype),
+                left=near_start(left_key, (*stack, d_in, rank), dtype),
+                right=near_start(right_key, (*stack, rank, d_out), dtype),
             )
-    return project_alpha(alpha)
+        elif isinstance(gate, str):
+            alpha[path] = near_start(path_key, gate_shape(form, weight.shape), dtype)
+        elif path in gate:
+            alpha[path] = near_start(path_key, gate[path], dtype)
+    return project_alpha(alpha) if parametrisation == "projection" else alpha
 
 
 def project_alpha(alpha: Alpha) -> Alpha:
@@ -63,8 +87,8 @@ def project_alpha(alpha: Alpha) -> Alpha:
     return jax.tree.map(lambda x: jnp.clip(x, 0, 1), alpha)
 
 
-def gate(alpha: LowRank | Array) -> Float[Array, "*l d_in d_out"]:
-    """The matrix A of one mixed weight: ``left @ right / r``, or alpha itself at rank "full"."""
+def gate(alpha: LowRank | Array) -> Array:
+    """The gate A of one mixed weight: ``left @ right / r``, or alpha itself where it is an array."""
     if not isinstance(alpha, LowRank):
         return alpha
     rank = alpha.left.shape[-1]
@@ -82,7 +106,8 @@ def mix(partition: Partition, task: Params, alpha: Alpha, *, complement: Complem
     Args:
         partition: of the pretrained weights W0 ``[*l, d_in, d_out]``.
         task: task weights W by path.
-        alpha: gates by path; ``{}`` gives the task weights.
+        alpha: gates by path, in [0, 1]: pairs of factors, or arrays each axis of which divides that of the kernel (one
+            number, one a row, one a head); ``{}`` gives the task weights.
         complement: ``"convex"`` as above, or ``"factored"``: ``left @ right * W + (1 - left) @ (1 - right) * W0``, what
             the released PyTorch code computes (rank 1 only; its coefficients do not sum to 1).
 
@@ -117,15 +142,19 @@ def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array
             "left [d_in, r] and right [r, d_out]."
         )
     a = gate(factors)
-    if a.shape != task.shape or a.shape != pretrained.shape:
+    fits = a.shape == task.shape if isinstance(factors, LowRank) else gate_fits(a.shape, task.shape)
+    if not fits or task.shape != pretrained.shape:
         raise AgwmError(
             f"{path!r}: the gate has shape {a.shape}, the task weight {task.shape}, the pretrained {pretrained.shape}; "
-            "expected one shape: was alpha trained on another model?"
+            "expected one shape, or in an array's axes a divisor of it: was alpha trained on another model?"
         )
+    a = spread_gate(a, task.shape)
     if complement == "convex":
         return (a * task + (1 - a) * pretrained).astype(task.dtype)
     if not isinstance(factors, LowRank) or factors.left.shape[-1] != 1:
-        raise AgwmError(f"{path!r}: complement='factored' is defined for rank 1 only; use complement='convex'.")
+        raise AgwmError(
+            f"{path!r}: complement='factored' is defined for rank 1 only (gate low_rank); use complement='convex'."
+        )
     return (a * task + (1 - factors.left) * (1 - factors.right) * pretrained).astype(task.dtype)
 
 
@@ -141,6 +170,7 @@ def mixup_problem(
     validation_loss: LossFn | None = None,
     complement: Complement = "convex",
     anchor: float | Scalar = 0.0,
+    gates: Callable[[Alpha], Alpha] = lambda alpha: alpha,
 ) -> Problem:
     """The bi-level problem of weight mixup (arXiv 2403.12918): inner variable W and outer variable alpha.
 
@@ -153,6 +183,8 @@ def mixup_problem(
         complement: see `mix`.
         anchor: strength of ``anchor / 2 * |W - W0|^2`` over the mixed weights in the inner loss; at 0 the exact
             hypergradient vanishes at the inner optimum wherever A > 0.
+        gates: the gates by path out of the outer variable, where that is something else: shared by several weights, or
+            in front of a sigmoid.
 
     Raises:
         AgwmError: a negative anchor, or one with nothing mixed.
@@ -167,7 +199,7 @@ def mixup_problem(
     pretrained = partition.frozen
 
     def effective(task: Params, alpha: Alpha) -> PyTree:
-        return mix(partition, task, alpha, complement=complement)
+        return mix(partition, task, gates(alpha), complement=complement)
 
     def changes(task: Params) -> Params:
         return {path: task[path] - pretrained[path] for path in anchored}
@@ -194,15 +226,21 @@ def mixup_problem(
     return Problem(Composite(outputs, criterion), outer_loss)
 
 
-def alpha_statistics(alpha: Alpha) -> dict[str, Scalar]:
-    """Mean and standard deviation of A over all mixed entries, and the shares below 0.05 and above 0.95."""
+def alpha_statistics(alpha: Alpha, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Scalar]:
+    """Mean and standard deviation of A over all mixed entries, and the shares below 0.05 and above 0.95.
+
+    Args:
+        alpha: gates by path, in [0, 1].
+        shapes: of the kernels, so that a number counts as often as it acts; None: each counts once.
+    """
     if not alpha:
         raise AgwmError("alpha has no gates to describe; expected what `init_alpha` gives.")
-    gates = [gate(factors) for factors in alpha.values()]
-    total = float(sum(a.size for a in gates))  # as an integer it may be beyond 32 bits
+    gates = {path: gate(factors) for path, factors in alpha.items()}
+    acts = {path: 1.0 if shapes is None else math.prod(shapes[path]) / a.size for path, a in gates.items()}
+    total = sum(acts[path] * a.size for path, a in gates.items())  # a float: as an integer it may be beyond 32 bits
 
     def average(fn) -> Scalar:
-        return jnp.asarray(sum(jnp.sum(fn(a)) for a in gates) / total)
+        return jnp.asarray(sum(acts[path] * jnp.sum(fn(a)) for path, a in gates.items()) / total)
 
     mean = average(lambda a: a)
     return {

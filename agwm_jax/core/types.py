@@ -30,7 +30,7 @@ class LowRank(NamedTuple):
 
 
 Alpha = dict[str, LowRank | Array]
-"""One gate a mixed path: a pair of factors, or at rank "full" the matrix A itself."""
+"""One gate a mixed path: a pair of factors, or an array that acts on the kernel entry by entry or block by block."""
 
 LossFn = Callable[[Any, Batch], Scalar]
 """``loss(params, batch)``: a mean over the batch's real examples."""

@@ -34,16 +34,26 @@ def _passes(
 
 
 def epoch_plan(
-    indices: Int[np.ndarray, "n"], *, batch_size: int, epochs: int, rng: np.random.Generator
+    indices: Int[np.ndarray, "n"],
+    *,
+    batch_size: int,
+    epochs: int,
+    rng: np.random.Generator,
+    min_steps: int = 0,
+    what: str = "training set",
 ) -> Int32[np.ndarray, "steps b"]:
     """Shuffled batches in which every index occurs exactly once an epoch.
 
     Args:
       indices: [n] the examples to use.
       batch_size: b; the last batch of each epoch is filled with -1.
+      epochs: passes over them.
+      rng: shuffles.
+      min_steps: where there are fewer steps, batches of one more pass follow up to that many.
+      what: the examples are, in an error.
 
     Returns:
-      [epochs * ceil(n / b), b] indices.
+      [epochs * ceil(n / b), b] indices, or [min_steps, b].
 
     Raises:
       AgwmError: fewer examples than one batch.
@@ -51,10 +61,12 @@ def epoch_plan(
     >>> epoch_plan(np.arange(5), batch_size=2, epochs=2, rng=np.random.default_rng(0)).shape
     (6, 2)
     """
-    _check(len(indices), batch_size, "training set")
+    _check(len(indices), batch_size, what)
     if epochs < 1:
         raise AgwmError(f"epochs is {epochs}: give 1 or more.")
-    return _passes(np.asarray(indices), batch_size, epochs, rng)
+    steps = max(epochs * math.ceil(len(indices) / batch_size), min_steps)
+    passes = math.ceil(steps / math.ceil(len(indices) / batch_size))
+    return _passes(np.asarray(indices), batch_size, passes, rng)[:steps]
 
 
 def evaluation_plan(n: int, *, batch_size: int) -> Int32[np.ndarray, "steps b"]:
@@ -87,6 +99,37 @@ def split_indices(
     return np.sort(order[size:]), np.sort(order[:size])
 
 
+def fold_indices(
+    n: int, *, num_folds: int, batch_size: int, rng: np.random.Generator
+) -> list[tuple[Int32[np.ndarray, "n_train"], Int32[np.ndarray, "n_fold"]]]:
+    """0..n-1 at random in disjoint folds whose sizes differ by 1 at most: of each, all others and itself, sorted.
+
+    Args:
+      n: number of examples.
+      num_folds: K, 2 or more.
+      batch_size: of what the folds are read in.
+      rng: deals the examples.
+
+    Raises:
+      AgwmError: fewer than 2 folds, or folds of less than one batch.
+
+    >>> [fold.size for _, fold in fold_indices(8, num_folds=3, batch_size=2, rng=np.random.default_rng(0))]
+    [3, 3, 2]
+    """
+    if num_folds < 2:
+        raise AgwmError(f"num_folds is {num_folds}: give 2 or more.")
+    smallest = n // num_folds
+    if smallest < batch_size:
+        most = n // batch_size
+        remedy = f"ask for {most} folds or fewer, or " if most >= 2 else ""
+        raise AgwmError(
+            f"{num_folds} folds of {n} training examples have {smallest} each, fewer than one batch of {batch_size}: "
+            f"{remedy}give more examples or a smaller batch_size."
+        )
+    folds = np.array_split(rng.permutation(n).astype(np.int32), num_folds)
+    return [(np.sort(np.concatenate([other for other in folds if other is not fold])), np.sort(fold)) for fold in folds]
+
+
 def search_plan(
     train: Int[np.ndarray, "n_train"],
     validation: Int[np.ndarray, "n_validation"],
@@ -95,12 +138,13 @@ def search_plan(
     inner_steps: int,
     epochs: int,
     rng: np.random.Generator,
+    min_steps: int = 0,
 ) -> tuple[Int32[np.ndarray, "steps k b"], Int32[np.ndarray, "steps b"]]:
     """Batches of a bi-level search: each step has k inner batches (training split) and an outer one (validation split).
 
     An epoch is one pass over the training split, as in `epoch_plan`. Where the batches of all epochs are no multiple
-    of k, batches of one more pass fill the last step, for an empty inner batch has no gradient. The validation split
-    is reshuffled whenever it is used up.
+    of k, batches of one more pass fill the last step, for an empty inner batch has no gradient; so they do up to
+    `min_steps` steps. The validation split is reshuffled whenever it is used up.
 
     Returns:
       inner [steps, k, b] and outer [steps, b], -1 where a batch is short; steps = ceil(epochs * ceil(n_train / b) / k).
@@ -115,7 +159,7 @@ def search_plan(
     if inner_steps < 1 or epochs < 1:
         raise AgwmError(f"inner_steps is {inner_steps} and epochs is {epochs}: give 1 or more of each.")
     inner = _passes(np.asarray(train), batch_size, epochs, rng)
-    steps = math.ceil(len(inner) / inner_steps)
+    steps = max(math.ceil(len(inner) / inner_steps), min_steps)
     missing = steps * inner_steps - len(inner)
     while missing > 0:
         extra = _passes(np.asarray(train), batch_size, 1, rng)[:missing]

@@ -58,8 +58,8 @@ class Placement(NamedTuple):
         """A sharding for every leaf of a training state, of weights, of gates or of what an optimiser makes of them.
 
         A leaf belongs to the weight whose path is the innermost dictionary key on the way to it, and is cut where it
-        has that weight's axes: of the factors ``[*l, d_in, r]`` and ``[*l, r, d_out]`` all but the rank. What belongs
-        to no weight (counts, schedules) lies whole on every device.
+        has that weight's axes: of the factors ``[*l, d_in, r]`` and ``[*l, r, d_out]`` all but the rank, of several
+        such weights ``[k, ...]`` each. What belongs to no weight (counts, schedules) lies whole on every device.
 
         Args:
             tree: arrays, or their shapes.
@@ -79,10 +79,11 @@ class Placement(NamedTuple):
     def _of_leaf(self, path, own: Sequence[int], weights: Weights, shapes: Shapes) -> tuple[str | None, ...]:
         keys = [entry.key for entry in path if isinstance(entry, DictKey) and entry.key in weights]
         whole = (None,) * len(own)
-        if not keys or len(shape := shapes[keys[-1]]) != len(own):
+        if not keys or len(shape := shapes[keys[-1]]) > len(own):
             return whole
-        spec = self.of_weight(weights[keys[-1]].axes, shape)
-        return tuple(axis if size == like else None for axis, size, like in zip(spec, own, shape, strict=True))
+        spec, before = self.of_weight(weights[keys[-1]].axes, shape), len(own) - len(shape)
+        cut = (axis if size == like else None for axis, size, like in zip(spec, own[before:], shape, strict=True))
+        return (*whole[:before], *cut)
 
     def of_rows(self, ndim: int) -> NamedSharding:
         """Rows of batches ``[lanes, steps, ..., b]``: every device reads the examples of its own part of a batch."""

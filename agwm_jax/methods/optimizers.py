@@ -1,13 +1,18 @@
 """AdamW with warm-up and decay: its settings, and the optax transformation they give."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey
 from pydantic import Field
 
+from agwm_jax.core import trees
+from agwm_jax.core.estimators.finite_difference import rms_scale
+from agwm_jax.core.types import Vector
 from agwm_jax.models.weights import Weights, decays
 from agwm_jax.section import Section
 
@@ -27,10 +32,24 @@ class OptimizerSettings(Section):
     b1: float = Field(default=0.9, ge=0, lt=1, description="decay of Adam's first moment")
     b2: float = Field(default=0.999, ge=0, lt=1, description="decay of Adam's second moment")
     eps: float = Field(default=1e-8, ge=1e-15, description="added to Adam's denominator")
+    variant: Literal["adamw", "transformers_4_24"] = Field(
+        default="adamw",
+        description="AdamW as in its paper, or as in transformers 4.24: eps not bias-corrected, decay after the step",
+    )
+    warmup_rounding: Literal["down", "up", "none"] = Field(
+        default="down",
+        description="of warmup_fraction times all steps; up as in transformers' Trainer, none leaves a fraction",
+    )
+    clip_eps: float = Field(
+        default=0.0,
+        ge=0,
+        description="added to the norm that a clip divides by; PyTorch has 1e-6, which clips a bit more",
+    )
 
     def build(self, *, num_steps: int, weights: Weights) -> optax.GradientTransformation:
         """The optimiser for `num_steps` updates; what decays follows from the weights' roles."""
-        adamw = optax.adamw(
+        make = optax.adamw if self.variant == "adamw" else adamw_of_transformers
+        adamw = make(
             schedule(self, num_steps=num_steps),
             b1=self.b1,
             b2=self.b2,
@@ -38,18 +57,102 @@ class OptimizerSettings(Section):
             weight_decay=self.weight_decay,
             mask=decay_mask(decays(weights)),
         )
-        return optax.chain(optax.clip_by_global_norm(self.gradient_clip), adamw) if self.gradient_clip else adamw
+        return optax.chain(clip(self.gradient_clip, eps=self.clip_eps), adamw) if self.gradient_clip else adamw
+
+    def rms_scale(self, weights: Weights) -> Callable[[Any], Vector]:
+        """What ``finite_difference(precondition="rms")`` reads of this optimiser's state: a number a layer's tensor."""
+
+        def stacked(path) -> bool:
+            known = [entry.key for entry in path if isinstance(entry, DictKey) and entry.key in weights]
+            return bool(known) and weights[known[-1]].is_stacked
+
+        return rms_scale(b2=self.b2, eps=self.eps, stacked=stacked)
+
+
+def clipped(grads: Vector, norm: jax.Array, max_norm: float, *, eps: float) -> Vector:
+    """Gradients times ``min(1, max_norm / (norm + eps))``, whatever else is in that norm."""
+    return trees.scale(jnp.minimum(1, max_norm / trees.divisor(norm + eps)), grads)
+
+
+def clip(max_norm: float, *, eps: float = 0.0) -> optax.GradientTransformation:
+    """Clip of the gradient's global norm: optax's, or with `eps` that of PyTorch."""
+    if eps == 0:
+        return optax.clip_by_global_norm(max_norm)
+    return optax.stateless(lambda grads, params: clipped(grads, trees.norm(grads), max_norm, eps=eps))
+
+
+def adamw_of_transformers(
+    learning_rate: optax.Schedule,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    mask: Callable[[Any], Any],
+) -> optax.GradientTransformation:
+    """AdamW as `transformers` 4.24 has it (``correct_bias=True``), not as optax and PyTorch have it, in two ways.
+
+    ``w <- w - lr c m / (sqrt(nu) + eps)`` with ``c = sqrt(1 - b2^t) / (1 - b1^t)``: eps stands beside the root before
+    its bias is corrected, so in the first steps it counts up to ``1 / sqrt(1 - b2)`` = 32 times as much. Then
+    ``w <- w - lr weight_decay w``, of the weight after that step. Its state holds what that of `optax.adamw` does.
+    """
+
+    def init(params) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, optax.tree.zeros_like(params))
+
+    def update(grads, state, params=None):
+        del params
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g**2, state.nu, grads)
+
+        def direction(m, n):
+            t = count.astype(m.dtype)
+            return jnp.sqrt(1 - b2**t) / (1 - b1**t) * m / (jnp.sqrt(n) + eps)
+
+        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    def decay(updates, state, params):
+        share = learning_rate(state.count) * weight_decay
+        after = jax.tree.map(
+            lambda u, w, decays: (u - share * (w + u)).astype(u.dtype) if decays else u, updates, params, mask(params)
+        )
+        return after, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros([], jnp.int32)), decay),
+    )
 
 
 def schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
     """The learning rate by step: a linear warm-up, then the decay that the settings name."""
-    peak, warmup = settings.learning_rate, int(settings.warmup_fraction * num_steps)
+    share = settings.warmup_fraction * num_steps
+    if settings.warmup_rounding == "none":
+        return _with_a_part_of_a_step(settings, share, num_steps)
+    peak, warmup = settings.learning_rate, int(share) if settings.warmup_rounding == "down" else math.ceil(share)
     decay = {
         "linear": lambda: optax.schedules.linear_schedule(peak, 0.0, num_steps - warmup),
         "cosine": lambda: optax.schedules.cosine_decay_schedule(peak, max(1, num_steps - warmup)),
         "constant": lambda: optax.schedules.constant_schedule(peak),
     }[settings.schedule]()
-    return optax.schedules.join_schedules([optax.schedules.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    joined = optax.schedules.join_schedules([optax.schedules.linear_schedule(0.0, peak, warmup), decay], [warmup])
+    # A quotient of int32 is float32 even where all else is float64.
+    return lambda count: joined(jnp.asarray(count, float))
+
+
+def _with_a_part_of_a_step(settings: OptimizerSettings, warmup: float, num_steps: int) -> optax.Schedule:
+    """The same where warm-up ends within a step; at whole numbers it is the other one to rounding."""
+
+    def rate(count):
+        count = jnp.asarray(count, float)
+        done = jnp.clip((count - warmup) / max(1.0, num_steps - warmup), 0, 1)
+        decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "constant": jnp.ones_like(done)}
+        return settings.learning_rate * jnp.where(count < warmup, count / max(1.0, warmup), decay[settings.schedule])
+
+    return rate
 
 
 def by_collection(optimizers: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:

@@ -18,13 +18,16 @@ from agwm_jax.core.types import Batch, Params, Scalar
 from agwm_jax.data.plan import epoch_plan
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Batches, Context, Hooks, Info, Method, Phase, Plan, Setup, Variables
-from agwm_jax.methods.optimizers import OptimizerSettings
+from agwm_jax.methods.optimizers import OptimizerSettings, clipped
 from agwm_jax.models.model import Effective
 from agwm_jax.models.weights import Weights
 from agwm_jax.section import Section
 
 TASK = "task"
 """The collection of trained model weights, by path."""
+
+PRETRAINED = "pretrained"
+"""Where `training_phase` differentiates pretrained weights, the collection of these."""
 
 Forward = Callable[[Params, Variables, Key[Array, ""]], Effective]
 Objective = Callable[[Effective, Batch], Scalar]
@@ -121,6 +124,7 @@ def training_phase(
     project: Callable[[Variables], Variables] | None = None,
     keeps: Sequence[str] = (),
     hooks: Sequence[Hooks] = (),
+    clip_with: Callable[[Context], Variables] | None = None,
 ) -> Phase:
     """Minimise ``objective(forward(W0, variables), batch)`` over some collections, with a fresh optimiser.
 
@@ -138,9 +142,12 @@ def training_phase(
         project: ``project(trained) -> trained``, after every update.
         keeps: collections beside `trains` that outlive the phase; all others that earlier phases left end here.
         hooks: of the method itself, before those of the setup's techniques.
+        clip_with: collections whose gradients count in the norm of `Finetune`'s clip and are not updated; pretrained
+            weights among them are called `PRETRAINED`. Not with a `tx`. None: the trained ones only.
 
     Raises:
-        AgwmError: a batch cannot be cut into ``setup.accumulate`` equal parts.
+        AgwmError: a batch cannot be cut into ``setup.accumulate`` equal parts, or `clip_with` beside a hook that takes
+            the gradient itself.
 
     Cost: 1 fb a step, and what the hooks add.
     """
@@ -151,10 +158,19 @@ def training_phase(
             f"a batch of {batch_size} examples cannot be cut into {setup.accumulate} equal parts for the accumulation "
             "of gradients: give a number of parts that divides the batch size."
         )
-    tx = setup.optimizer(setup.finetune.optimizer, num_steps=steps) if tx is None else tx
+    optimizer = setup.finetune.optimizer
+    max_norm = None if clip_with is None else optimizer.gradient_clip
+    if max_norm is not None:  # then this phase clips, and not its optimiser
+        optimizer = optimizer.model_copy(update={"gradient_clip": None})
+    tx = setup.optimizer(optimizer, num_steps=steps) if tx is None else tx
     objective = setup.training_loss(reverse_only=True) if objective is None else objective
     forward = _plain_forward if forward is None else forward
     hooks = (*hooks, *(technique.hooks(setup, num_steps=steps) for technique in setup.techniques))
+    if max_norm is not None and any(hook.differentiate is not None for hook in hooks):
+        raise AgwmError(
+            "a technique that takes the gradient elsewhere (such as sam) does not go together with a clip over more "
+            "than the trained weights: leave it out, or set method.finetune_clip to trained."
+        )
 
     def start(context: Context, key: Key[Array, ""]) -> InnerState:
         del key
@@ -166,12 +182,15 @@ def training_phase(
     ) -> tuple[InnerState, Info]:
         keys = _hook_keys(key, len(hooks))
 
+        beside = {} if max_norm is None or clip_with is None else clip_with(context)
+
         def loss(trained: Variables, batch: Batch) -> Scalar:
             variables = {**context.learnt, **trained}
+            pretrained = {**context.pretrained, **variables.pop(PRETRAINED, {})}
             noisy = variables
             for hook, own in zip(hooks, keys, strict=True):
                 noisy = noisy if hook.perturb is None else hook.perturb(context, noisy, own)
-            value = objective(forward(context.pretrained, noisy, key), batch)
+            value = objective(forward(pretrained, noisy, key), batch)
             for hook in hooks:
                 value = value if hook.penalty is None else value + hook.penalty(context, variables)
             return value
@@ -182,9 +201,12 @@ def training_phase(
         for hook in hooks:
             if hook.differentiate is not None:
                 value_and_grad = partial(hook.differentiate, value_and_grad)
-        value, grads = value_and_grad(state.params)
+        value, found = value_and_grad({**state.params, **beside})
+        grads = {name: found[name] for name in state.params}
         for hook, own in zip(hooks, keys, strict=True):
             grads = grads if hook.gradient is None else hook.gradient(grads, context, own)
+        if max_norm is not None:
+            grads = clipped(grads, trees.norm({**found, **grads}), max_norm, eps=setup.finetune.optimizer.clip_eps)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         for hook in hooks:
             updates = updates if hook.update is None else hook.update(updates, grads, context, state.params, step)

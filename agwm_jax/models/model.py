@@ -31,7 +31,7 @@ class Model(NamedTuple):
     weights: Weights
     """By path, in the order of the model."""
     num_heads: int | None = None
-    """Attention heads of a layer, which share axes named ``heads`` evenly; None where that is not known."""
+    """Into how many equal blocks attention cuts what the logical axis ``heads`` counts; None: there is no attention."""
 
     def apply(
         self, params: Effective, batch: Batch, *, key: Key[Array, ""] | None = None, reverse_only: bool = False

@@ -83,7 +83,14 @@ def draw_histogram(axes: "Axes", gates: Mapping[str, Gates], looks: Mapping[str,
     for threshold in (0.05, 0.95):
         axes.axvline(threshold, color="#D55E00", linestyle="--", linewidth=1.4, zorder=4)
     note(axes, "below 0.05: nearly the\npretrained weight alone", 0.075, 0.97, va="top")
-    note(axes, "above 0.95: nearly plain\nfine-tuning; every\nsearch starts here", 0.925, 0.97, va="top", ha="right")
+    note(
+        axes,
+        "above 0.95: nearly plain\nfine-tuning; a search\nstarts here by default",
+        0.925,
+        0.97,
+        va="top",
+        ha="right",
+    )
     lowest = min(int(np.flatnonzero(each.counts)[0]) for each in gates.values()) / BINS
     if lowest > 0.8:
         _draw_zoom(axes.inset_axes((0.1, 0.14, 0.68, 0.56)), gates, looks, lowest)

@@ -1,4 +1,4 @@
-"""Statistics of a saved gate: mean A per layer and module, and the histogram of all entries of A."""
+"""Statistics of a saved gate: mean A per layer and module, and the histogram of all its entries."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,11 @@ BINS = 1000
 
 
 class Gates(NamedTuple):
-    """Mean A: `layers` module -> [l], `single` module without layers (pooler) -> mean; `counts` [BINS] over [0, 1]."""
+    """Mean A: `layers` module -> [l], `single` module without layers (pooler) -> mean; `counts` [BINS] over [0, 1].
+
+    A gate of fewer numbers than its kernel (one a row, one a head) counts each number once. One that kernels share is
+    a module of its own.
+    """
 
     layers: dict[str, np.ndarray]
     single: dict[str, float]
@@ -72,7 +76,10 @@ def mean_gates(gates: Sequence[Gates]) -> Gates:
 def _matrices(path: Path) -> Iterator[tuple[str, bool, Iterator[np.ndarray]]]:
     """(module name, has a layer axis, the matrices A): one layer at a time, for a large model needs the memory."""
     with safe_open(path, framework="numpy") as file:
-        order = json.loads((file.metadata() or {}).get("weights", "[]"))
+        metadata = file.metadata() or {}
+        order = json.loads(metadata.get("weights", "[]"))
+        mixup = json.loads(metadata.get("method", "{}")).get("mixup") or {}
+        sigmoid, shared = mixup.get("parametrisation") == "sigmoid", mixup.get("gate") in ("layer", "one")
         factors: dict[str, list[str]] = {}
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             collection, _, rest = key.partition("/")
@@ -80,17 +87,20 @@ def _matrices(path: Path) -> Iterator[tuple[str, bool, Iterator[np.ndarray]]]:
                 weight, _, factor = rest.partition("/")
                 factors.setdefault(weight, []).append(factor)
         for weight in sorted(factors, key=lambda name: order.index(name) if name in order else len(order)):
-            left, right = _tensor(file, weight, "left" if "left" in factors[weight] else ""), None
+            left, right = _tensor(file, weight, "left" if "left" in factors[weight] else "", sigmoid), None
             if factors[weight] != [""]:
-                right = _tensor(file, weight, "right")
+                right = _tensor(file, weight, "right", sigmoid)
             parts = weight.split(".")
             name = parts[-2] if parts[-1] == "kernel" and len(parts) > 1 else parts[-1]
             stacked = left.ndim == 3
+            if shared and (stacked or mixup["gate"] == "one"):  # kept under the first of the weights that share it
+                name = "all kernels"
             yield name, stacked, _layers(left, right, stacked)
 
 
-def _tensor(file: Any, weight: str, factor: str) -> np.ndarray:
-    return np.asarray(file.get_tensor("/".join(filter(None, (COLLECTION, weight, factor)))), dtype=np.float32)
+def _tensor(file: Any, weight: str, factor: str, sigmoid: bool) -> np.ndarray:
+    x = np.asarray(file.get_tensor("/".join(filter(None, (COLLECTION, weight, factor)))), dtype=np.float32)
+    return (1 + np.tanh(x / 2)) / 2 if sigmoid else x  # the tanh does not overflow
 
 
 def _layers(left: np.ndarray, right: np.ndarray | None, stacked: bool) -> Iterator[np.ndarray]:

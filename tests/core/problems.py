@@ -62,7 +62,7 @@ DIFFERENCES = {
     "neumann finite_difference": neumann(3, 0.1, hvp="finite_difference"),
     "neumann gauss_newton finite_difference": neumann(3, 0.1, hvp="finite_difference", curvature="gauss_newton"),
     "finite_difference": hypergrad.finite_difference(),
-    "finite_difference preconditioned": hypergrad.finite_difference(precondition=True),
+    "finite_difference preconditioned": hypergrad.finite_difference(precondition="adjoint"),
     "penalty": hypergrad.penalty(),
     "penalty growing": hypergrad.penalty(growth=1.0),
 }

@@ -40,7 +40,7 @@ from tests.core.problems import (
         (dense(), 1.0),
         (conjugate_gradient(1), 1.0),
         (hypergrad.implicit(linear_solve.gradient_descent(step_size=0.1)), 1.0),  # one product an outer step
-        (hypergrad.finite_difference(precondition=True), 1.0),
+        (hypergrad.finite_difference(precondition="adjoint"), 1.0),
         # The copy is at y = a - a/2l, so that the estimate vanishes where a = 2 / (2 - 1/2l).
         (hypergrad.penalty(weight=10.0), 2 / 1.95),
     ],

@@ -66,8 +66,8 @@ OPTIONS = {
     "finite_difference(step_size=-1.0): expected a step size above 0": lambda: hypergrad.finite_difference(
         step_size=-1.0
     ),
-    "finite_difference(step_size=0.5, precondition=True): the optimiser's own update sets the scale": lambda: (
-        hypergrad.finite_difference(step_size=0.5, precondition=True)
+    "finite_difference(step_size=0.5, precondition='adjoint'): the optimiser's own update sets the scale": lambda: (
+        hypergrad.finite_difference(step_size=0.5, precondition="adjoint")
     ),
     "penalty(weight=0.0): expected a weight above 0": lambda: hypergrad.penalty(weight=0.0),
     "penalty(growth=-1.0): expected a growth of 0 or more": lambda: hypergrad.penalty(weight=1.0, growth=-1.0),

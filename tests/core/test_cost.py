@@ -124,7 +124,11 @@ TABLE = {
     "unrolled, jvp": (hypergrad.unrolled(hvp="jvp"), 5),
     "unrolled, finite_difference": (hypergrad.unrolled(hvp="finite_difference"), 3),
     "finite_difference": (hypergrad.finite_difference(), 4),
-    "finite_difference, preconditioned": (hypergrad.finite_difference(precondition=True), 4),
+    "finite_difference, preconditioned": (hypergrad.finite_difference(precondition="adjoint"), 4),
+    "finite_difference, as in Betty": (
+        hypergrad.finite_difference(precondition="rms", at="after", restore=False),
+        4,
+    ),
     "penalty": (hypergrad.penalty(weight=10.0), 6),
     **{f"neumann {k}": (neumann(k, 0.1), 2 * k + 3) for k in (1, 3, 5)},
     **{f"neumann {k}, finite_difference": (series(k, hvp="finite_difference"), k + 3) for k in (1, 3, 5)},
@@ -188,7 +192,8 @@ def test_rollback_adds_its_inner_steps(search, k):
         (neumann(1, 0.1), k),
         (hypergrad.penalty(weight=10.0), 3 * k),
     ):
-        assert search(estimator, k, rollback=True) == pytest.approx(search(estimator, k) + steps, rel=0.01)
+        for rollback in (True, "from_look_ahead"):
+            assert search(estimator, k, rollback=rollback) == pytest.approx(search(estimator, k) + steps, rel=0.01)
 
 
 DEPTH, WIDTH = 4, 8

@@ -36,7 +36,7 @@ def test_toy_after_one_inner_step(xi):
         (hypergrad.unrolled(), -4 + 12 * xi, True),
         (hypergrad.unrolled(hvp="jvp"), -4 + 12 * xi, True),
         (hypergrad.unrolled(hvp="finite_difference"), -4 + 12 * xi, False),
-        (hypergrad.finite_difference(precondition=True), -4 + 12 * xi, False),
+        (hypergrad.finite_difference(precondition="adjoint"), -4 + 12 * xi, False),
         (hypergrad.finite_difference(step_size=xi or 1.0), -4 + 8 * xi + 4 * (xi or 1.0), False),
     ):
         estimate = estimate_at(darts_toy(), estimator, *start, tx=optax.sgd(xi))
@@ -337,7 +337,11 @@ def test_unrolled_differentiates_the_optimiser_itself(x64, tx):
 
 @pytest.mark.parametrize(
     "estimator",
-    [hypergrad.unrolled(), hypergrad.unrolled(hvp="finite_difference"), hypergrad.finite_difference(precondition=True)],
+    [
+        hypergrad.unrolled(),
+        hypergrad.unrolled(hvp="finite_difference"),
+        hypergrad.finite_difference(precondition="adjoint"),
+    ],
     ids=["unrolled", "unrolled_finite_difference", "finite_difference"],
 )
 @pytest.mark.parametrize("make", [optax.adam, optax.adamw, optax.amsgrad, optax.nadam])

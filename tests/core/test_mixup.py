@@ -130,7 +130,10 @@ def test_mix_leaves_the_rest_alone():
         ("other", (2, 2), (1, (2, 2)), "convex", "a gate for 'w', which the partition does not mix"),
         ("w", None, (1, (2, 2)), "convex", "a gate for 'w', which the task weights lack"),
         ("w", (2, 2), (1, (3, 2)), "convex", r"'w': the gate has shape \(3, 2\), the task weight \(2, 2\)"),
-        ("w", (2, 2), ("full", (2, 1)), "convex", r"the gate has shape \(2, 1\)"),
+        ("w", (2, 2), (1, (1, 2)), "convex", r"'w': the gate has shape \(1, 2\)"),
+        ("w", (2, 2), ("full", (4, 2)), "convex", r"the gate has shape \(4, 2\)"),
+        ("w", (2, 2), ("full", (0, 2)), "convex", r"the gate has shape \(0, 2\)"),
+        ("w", (2, 2), ("full", (1, 2, 2)), "convex", r"the gate has shape \(1, 2, 2\)"),
         ("w", (2, 3), (1, (2, 3)), "convex", r"the task weight \(2, 3\), the pretrained \(2, 2\)"),
         ("w", (2, 2), (2, (2, 2)), "factored", "'factored' is defined for rank 1 only"),
         ("w", (2, 2), ("full", (2, 2)), "factored", "'factored' is defined for rank 1 only"),
@@ -154,7 +157,8 @@ def test_what_is_no_partition_is_refused(without_type_checks):
 @pytest.mark.parametrize("rank", [1, 2, "full"])
 def test_init_statistics(rank):
     parts = partition({"a": jnp.ones((2, 300, 200)), "b": jnp.ones((300, 200), "bfloat16")}, mixed="[ab]")
-    alpha = init_alpha(jax.random.key(0), parts, rank=rank)
+    form = {"gate": "full"} if rank == "full" else {"rank": rank}
+    alpha = init_alpha(jax.random.key(0), parts, **form)
     if rank != "full":
         assert (alpha["a"].left.shape, alpha["a"].right.shape) == ((2, 300, rank), (2, rank, 200))
     assert all(x.dtype == "float32" for x in jax.tree.leaves(alpha))  # 1 - 0.002 is 1 in bfloat16
@@ -184,9 +188,13 @@ def test_init_draws():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"rank": 0}, "rank = 0: expected an integer of 1 or more, or 'full'"),
+        ({"rank": 0}, "rank = 0: expected an integer of 1 or more; for the matrix A itself say gate='full'"),
         ({"rank": 1.5}, r"rank = 1\.5: expected an integer"),
-        ({"rank": "half"}, "rank = 'half': expected an integer of 1 or more, or 'full'"),
+        ({"rank": "full"}, "rank = 'full': expected an integer of 1 or more; for the matrix A itself say gate='full'"),
+        ({"gate": "half"}, "gate = 'half': expected one of 'low_rank', 'full', 'row'"),
+        ({"gate": {"b": (1, 1)}}, "gate has a shape for 'b', which the partition does not mix"),
+        ({"start": 1.5}, r"start = 1\.5: expected a number in \[0, 1\]"),
+        ({"start": 1.0, "parametrisation": "sigmoid"}, r"start = 1\.0: a sigmoid reaches neither 0 nor 1"),
         ({"noise": -0.1}, r"noise = -0.1: expected a standard deviation of 0 or more"),
     ],
 )

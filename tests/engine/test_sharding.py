@@ -269,6 +269,7 @@ def test_a_leaf_belongs_to_the_innermost_weight_on_the_way_to_it():
         "pooler.kernel": {path: kernel},
         "unknown": {"nested": [{path: gates}]},
         "gate": {path: (kernel,)},
+        "several": {path: jnp.zeros((3, L, F, D))},
         "other shape": {path: jnp.zeros(F)},
         "low rank": {path: {"a": jnp.zeros((L, F, 4)), "b": jnp.zeros((L, 4, D))}},
         "count": jnp.zeros((), jnp.int32),
@@ -282,6 +283,7 @@ def test_a_leaf_belongs_to_the_innermost_weight_on_the_way_to_it():
             ]
         },
         "gate": {path: (PartitionSpec(None, "model", "data"),)},
+        "several": {path: PartitionSpec(None, None, "model", "data")},
         "other shape": {path: PartitionSpec(None)},
         "low rank": {
             path: {"a": PartitionSpec(None, "model", None), "b": PartitionSpec(None, None, "data")},

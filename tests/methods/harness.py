@@ -16,7 +16,7 @@ from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.model import Model
 from agwm_jax.models.weights import Weight
 
-VOCAB, WIDTH, LAYERS, TOKENS, EXAMPLES, BATCH = 11, 6, 2, 3, 10, 4
+VOCAB, WIDTH, HEADS, LAYERS, TOKENS, EXAMPLES, BATCH = 11, 6, 2, 2, 3, 10, 4
 
 STACKED_KERNEL = Weight("kernel", ("layers", "width", "heads"))
 STACKED_BIAS = Weight("bias", ("layers", "heads"))
@@ -77,7 +77,7 @@ def tiny_model(*, dropout: float = 0.1, dtype: Any = jnp.float32) -> Model:
     def logits(params, features, *, key=None):
         return drop(features, key) @ params["classifier.kernel"] + params["classifier.bias"][None]
 
-    return Model(embed, features, logits, weights_of())
+    return Model(embed, features, logits, weights_of(), num_heads=HEADS)
 
 
 def pretrained_weights(num_labels: int = 3, seed: int = 0) -> dict[str, jax.Array]:
