@@ -29,6 +29,7 @@ from agwm_jax.methods.interface import Context
 from agwm_jax.methods.mixup import ALPHA, Mixture, Mixup
 from agwm_jax.methods.search_plans import plans_for_after, search_plans
 from agwm_jax.methods.training import TASK
+from agwm_jax.settings import load_config
 from agwm_jax.settings.config import parse_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -286,6 +287,17 @@ def test_a_file_holds_out_nothing():
     train, outer = plans_for_after(settings.search, setup)
     assert rows_of(train["train"]) == set(range(10))
     assert rows_of(outer["outer"]) == set(range(10, 16))
+
+
+def test_split_is_a_word_and_all_else_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for said, read in (
+        ("split", "split"),
+        ("clean.csv", str(tmp_path / "clean.csv")),
+        ("./split", f"{tmp_path}/split"),
+    ):
+        words = ["--model", "m", "--output", "o", "--method.search.validation", said]
+        assert load_config(None, words).method.search.validation == read
 
 
 @pytest.mark.parametrize(

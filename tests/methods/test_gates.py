@@ -13,7 +13,7 @@ from harness import Runner, pretrained_weights, run, setup_of, shapes_of, tiny_m
 from agwm_jax.core.deferred import materialise
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.agwm import Agwm
-from agwm_jax.methods.interface import METHODS
+from agwm_jax.methods.interface import METHODS, Context
 from agwm_jax.methods.mixup import ALPHA, Gate, Mixture, Mixup
 from agwm_jax.methods.training import TASK
 from agwm_jax.models.family import FAMILIES, build_model
@@ -132,7 +132,7 @@ def test_a_search_of_every_gate_keeps_its_state(gate):
     "mixup",
     [
         {"gate": "layer", "start": 0.8, "parametrisation": "sigmoid", "noise": 0.0},
-        {"gate": "head", "start": 0.9, "noise": 0.0},
+        {"gate": "head", "start": 0.99, "noise": 0.0},  # steps of 0.05 lead above 1
     ],
 )
 def test_few_numbers_are_learnt_alone_and_over_seeds(mixup):
@@ -150,6 +150,18 @@ def test_few_numbers_are_learnt_alone_and_over_seeds(mixup):
     together = Runner(method, members=True).run(stacked, keys)
     for path, x in alone.learnt[ALPHA].items():
         np.testing.assert_allclose(together.learnt[ALPHA][path][0], x, atol=2e-5)
+
+
+@pytest.mark.parametrize(("parametrisation", "kept"), [("projection", [0.0, 0.5, 1.0]), ("sigmoid", [-3.0, 0.5, 4.0])])
+def test_before_a_sigmoid_nothing_is_clipped(parametrisation, kept):
+    mixture = mixture_of("column", start=0.5, parametrisation=parametrisation)
+    projected = mixture.project({QUERY: jnp.array([[-3.0, 0.5, 4.0]])})
+    np.testing.assert_array_equal(projected[QUERY], [kept])
+    settings = {"mixup": {"gate": "kernel", "start": 0.9, "noise": 0.0, "parametrisation": parametrisation}}
+    (phase,) = Agwm.model_validate({**settings, "search": {"validation_fraction": 0.4}}).build(setup_of()).stages[0]
+    variables = {TASK: pretrained_weights(), ALPHA: {}}
+    state = phase.start(Context(pretrained_weights(), variables, variables), jax.random.key(0))
+    assert float(phase.monitor(state)["alpha_mean"]) == pytest.approx(0.9)
 
 
 class _Searched(NamedTuple):
