@@ -1,7 +1,6 @@
 """Which runs may be compared: those of one task, model, training-set size and data settings, method by method."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from agwm_jax.report.runs import ReportWarning, Run, read_run
 # Settings that belong to a method name a variant of it; all others (but the bookkeeping) separate comparisons.
 _METHOD_SECTIONS = ("method", "finetune")
 _BOOKKEEPING = ("seed", "output", "run", "mesh")
-_IN_TITLE = ("task.name", "task", "task.train_size", "model.path", "model.name", "method", "method.name")
+_IN_TITLE = ("task.name", "task.train_size", "model.path", "method.name")
 
 
 class Comparison(NamedTuple):
@@ -95,9 +94,8 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.is_dir():
             raise AgwmError(f"{path} is not a folder: give run folders, or folders that hold run folders.")
-        for folder, _, names in os.walk(path):
-            if "config.yaml" in names:
-                found.setdefault(Path(folder).resolve(), Path(folder))
+        for file in path.rglob("config.yaml"):
+            found.setdefault(file.parent.resolve(), file.parent)
     return sorted(found.values())
 
 
@@ -142,8 +140,7 @@ def _compare(runs: Sequence[Run], baseline: str) -> list[Comparison]:
         stem = "".join(c if c.isalnum() else "_" for c in f"{task}-{size}")
         repeats = sum(each.slug.rsplit(".")[0] == stem for each in found)
         slug = f"{stem}.{repeats + 1}" if repeats else stem
-        result = members[0].result or {}
-        metric, split = str(result.get("metric", "score")), str(result.get("split", "?"))
+        metric, split = (members[0].result.get(name, "?") for name in ("metric", "split"))
         found.append(Comparison(task, title, slug, metric, split, methods, _unequal(methods), baseline))
     return found
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from agwm_jax.report.comparisons import Collection, Comparison
-from agwm_jax.report.runs import Run
 
 RESAMPLES = 10_000
 MIN_PAIRS = 3
@@ -71,10 +70,10 @@ def summarize(comparison: Comparison) -> list[Summary]:
         own = {run.seed: run.score for run in runs}
         difference = None if comparison.is_baseline(method) else paired_difference(own, baseline)
         times = {phase: _mean([run.seconds.get(phase, math.nan) for run in runs]) for phase in runs[0].seconds}
-        total = _mean([run.total_seconds for run in runs])
-        memory = [_memory(run) for run in runs]
+        total = _mean([run.result.get("seconds", {}).get("total", math.nan) for run in runs])
+        memory = max(run.result.get("peak_memory_bytes", math.nan) for run in runs)
         std = float(scores.std(ddof=1)) if len(scores) > 1 else math.nan
-        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, total, _max(memory)))
+        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, total, memory))
     return rows
 
 
@@ -157,56 +156,32 @@ def groups_table(comparison: Comparison) -> str:
 
 def results_csv(collection: Collection) -> str:
     """All finished runs, one row a run; raw scores, seconds and bytes."""
-    runs = [(each, run) for each in collection.comparisons for members in each.methods.values() for run in members]
-    phases = sorted({key for _, run in runs for key in _seconds(run)})
-    scores = sorted({key for _, run in runs for key in _scores(run)})
-    head = ["comparison", "task", "model", "train_size", "method", "seed", "metric", "split", "score", *scores]
+    rows = []
+    for comparison in collection.comparisons:
+        for run in (run for members in comparison.methods.values() for run in members):
+            result = run.result
+            row: dict[str, object] = {
+                "comparison": comparison.title,
+                "task": run.task,
+                "model": run.model,
+                "train_size": run.train_size,
+            }
+            row |= {"method": run.method, "seed": run.seed, "metric": comparison.metric, "split": comparison.split}
+            row |= {"score": run.score, "folder": run.folder}
+            row |= {key: result.get(key) for key in ("peak_memory_bytes", "device", "git_commit")}
+            for split, values in result.get("scores", {}).items():
+                row |= {f"{split}.{name}": value for name, value in values.items()}
+            rows.append(row | {f"seconds.{phase}": value for phase, value in result.get("seconds", {}).items()})
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [*head, *(f"seconds.{phase}" for phase in phases), "peak_memory_bytes", "device", "git_commit", "folder"]
-    )
-    for comparison, run in runs:
-        result = run.result or {}
-        row = [
-            comparison.title,
-            run.task,
-            run.model,
-            run.train_size,
-            run.method,
-            run.seed,
-            comparison.metric,
-            comparison.split,
-            run.score,
-        ]
-        row += [_scores(run).get(key, "") for key in scores] + [_seconds(run).get(key, "") for key in phases]
-        writer.writerow(
-            [*row, *(result.get(key, "") for key in ("peak_memory_bytes", "device", "git_commit")), run.folder]
-        )
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
-
-
-def _seconds(run: Run) -> dict[str, float]:
-    return dict((run.result or {}).get("seconds") or {})
-
-
-def _scores(run: Run) -> dict[str, float]:
-    splits = (run.result or {}).get("scores") or {}
-    return {f"{split}.{name}": value for split, values in splits.items() for name, value in values.items()}
-
-
-def _memory(run: Run) -> float:
-    value = (run.result or {}).get("peak_memory_bytes")
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
     known = [value for value in values if math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def _max(values: Sequence[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=math.nan)
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
