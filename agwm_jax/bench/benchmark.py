@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from agwm_jax.bench.timing import Compiled, Program, compile_step, compile_twice, free_bytes, measure
+from agwm_jax.report.table import markdown_table
 
 PLAIN, MATRIX = "plain step", "matrix product"
 
@@ -126,49 +127,43 @@ def _ratio(ratio: np.ndarray) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """All that was measured of one shape, as a page."""
-    lines = [f"## {result['setting']}", "", f"Attention: {result['attention']}.", ""]
-    lines += [
-        "| program | s | plain steps (quartiles) | fb | peak GB (ratio) | utilisation | compile, s | cached, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += map(_line, result["rows"])
-    if result["seeds"]:
-        lines += [
-            "",
-            "| side by side | seeds | s a seed | one alone, s | a seed, in single ones (quartiles) |"
-            " all, in single ones | peak GB | utilisation (alone) | compile, s |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *map(_seeds_line, result["seeds"]),
+    tables = [[_cells(row) for row in result["rows"]], [_seeds_cells(row) for row in result["seeds"]]]
+    tables.append(
+        [
+            {"trace and compile, s": name, **{f"{layers} layers": f"{x:.1f}" for layers, x in seconds.items()}}
+            for name, seconds in result["compile"].items()
         ]
-    if result["compile"]:
-        layers = list(next(iter(result["compile"].values())))
-        lines += [
-            "",
-            f"| trace and compile, s | {' | '.join(f'{n} layers' for n in layers)} |",
-            f"| --- | {' | '.join('---:' for _ in layers)} |",
-        ]
-        for name, seconds in result["compile"].items():
-            lines.append(f"| {name} | {' | '.join(f'{x:.1f}' for x in seconds.values())} |")
-    return "\n".join([*lines, ""])
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    line = f"| {row['program']} | {row['seconds']:.3f} | {_spread(row)} |"
-    if "fb" not in row:
-        return line + " - | - | - | - | - |"
-    line += f" {row['fb']:.2f} | {row['bytes'] / 1e9:.2f} ({row['bytes_ratio']:.2f}) | {row['utilisation']:.0%} |"
-    return line + f" {row['trace_seconds'] + row['compile_seconds']:.1f} | {row['cached_seconds']:.1f} |"
-
-
-def _seeds_line(row: Mapping[str, Any]) -> str:
-    if "lacking" in row:
-        return f"| {row['program']} | {row['seeds']} | {row['lacking']} | - | - | - | - | - | - |"
-    return (
-        f"| {row['program']} | {row['seeds']} | {row['seconds_per_seed']:.3f} | {row['single_seconds']:.3f} |"
-        f" {_spread(row)} | {row['ratio'] * row['seeds']:.1f} | {row['bytes'] / 1e9:.2f} |"
-        f" {row['utilisation']:.0%} ({row['single_utilisation']:.0%}) |"
-        f" {row['trace_seconds'] + row['compile_seconds']:.1f} |"
     )
+    head = f"## {result['setting']}\n\nAttention: {result['attention']}.\n"
+    return "\n".join([head, *(markdown_table(rows) for rows in tables if rows)])
+
+
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    cells = {"program": row["program"], "s": f"{row['seconds']:.3f}", "plain steps (quartiles)": _spread(row)}
+    if "fb" not in row:
+        return cells
+    return cells | {
+        "fb": f"{row['fb']:.2f}",
+        "peak GB (ratio)": f"{row['bytes'] / 1e9:.2f} ({row['bytes_ratio']:.2f})",
+        "utilisation": f"{row['utilisation']:.0%}",
+        "compile, s": f"{row['trace_seconds'] + row['compile_seconds']:.1f}",
+        "cached, s": f"{row['cached_seconds']:.1f}",
+    }
+
+
+def _seeds_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    cells = {"side by side": row["program"], "seeds": str(row["seeds"])}
+    if "lacking" in row:
+        return cells | {"s a seed": row["lacking"]}
+    return cells | {
+        "s a seed": f"{row['seconds_per_seed']:.3f}",
+        "one alone, s": f"{row['single_seconds']:.3f}",
+        "a seed, in single ones (quartiles)": _spread(row),
+        "all, in single ones": f"{row['ratio'] * row['seeds']:.1f}",
+        "peak GB": f"{row['bytes'] / 1e9:.2f}",
+        "utilisation (alone)": f"{row['utilisation']:.0%} ({row['single_utilisation']:.0%})",
+        "compile, s": f"{row['trace_seconds'] + row['compile_seconds']:.1f}",
+    }
 
 
 def _spread(row: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agwm_jax.report.style import INK, Look, headline, looks, save
+from agwm_jax.report.table import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,19 +41,13 @@ def write_markdown(rows: Sequence[Row], path: Path) -> str:
             found = [row for row in own if row["quantity"] == quantity]
             line[f"{quantity} (steps)"] = f"{_mean(r['value'] for r in found)} ({found[0]['step']})"
         searched.append(line)
-    text = f"{_table(compared)}\n{_reading(points, anchors)}\n{_table(searched)}"
+    text = f"{markdown_table(compared)}\n{_reading(points, anchors)}\n{markdown_table(searched)}"
     path.write_text(text)
     return text
 
 
 def _names(rows: Sequence[Row], part: str) -> list[str]:
     return list(dict.fromkeys(row["estimator"] for row in rows if row["part"] == part))
-
-
-def _table(lines: Sequence[dict[str, str]]) -> str:
-    head = list(lines[0])
-    table = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    return "\n".join([*table, *(f"| {' | '.join(line.values())} |" for line in lines), ""])
 
 
 def _reading(points: Sequence[Row], anchors: Sequence[float]) -> str:

@@ -14,6 +14,7 @@ from agwm_jax.engine.lanes import Lanes, Programs
 from agwm_jax.engine.memory import stage_bytes
 from agwm_jax.engine.sharding import make_placement
 from agwm_jax.models.family import Options
+from agwm_jax.report.table import markdown_table
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
@@ -99,9 +100,8 @@ def _exchanged(text: str) -> dict[str, float]:
 
 def markdown(found: Sequence[Row]) -> str:
     """A table of memory: a row a model and method, a column a mesh."""
-    meshes = list(dict.fromkeys(row.mesh for row in found))
-    lines = [f"| model, method | {' | '.join(meshes)} |", f"| --- |{' ---: |' * len(meshes)}"]
-    for model, name in dict.fromkeys((row.model, row.method) for row in found):
-        cells = {row.mesh: row.gigabytes for row in found if (row.model, row.method) == (model, name)}
-        lines.append(f"| {model}, {name} | {' | '.join(f'{cells[mesh]:.3g}' for mesh in meshes)} |")
-    return "\n".join([*lines, ""])
+    cells: dict[str, dict[str, str]] = {}
+    for row in found:
+        name = f"{row.model}, {row.method}"
+        cells.setdefault(name, {"model, method": name})[row.mesh] = f"{row.gigabytes:.3g}"
+    return markdown_table(list(cells.values()))

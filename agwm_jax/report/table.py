@@ -80,33 +80,14 @@ def summarize(comparison: Comparison) -> list[Summary]:
 def results_table(comparison: Comparison) -> str:
     """Markdown table: one row a method; scores and differences in points (times 100)."""
     summaries = summarize(comparison)
-    phases = _phases(summaries)
-    head = (
-        "method",
-        "mean",
-        "std",
-        "n seeds",
-        f"difference to {comparison.baseline}",
-        *(f"{phase} s" for phase in phases),
-        "total s",
-        "peak memory",
-    )
     rows = []
     for row in summaries:
-        times = [f"{row.seconds.get(phase, math.nan):.1f}" for phase in phases]
-        memory = f"{row.peak_memory / 2**30:.2f} GiB"
-        cells = [
-            row.method,
-            f"{100 * row.mean:.2f}",
-            f"{100 * row.std:.2f}",
-            str(row.n),
-            difference_text(comparison, row),
-            *times,
-            f"{row.total_seconds:.1f}",
-            memory,
-        ]
-        rows.append(["-" if "nan" in cell.split() else cell for cell in cells])
-    return _markdown(head, rows)
+        cells = {"method": row.method, "mean": f"{100 * row.mean:.2f}", "std": f"{100 * row.std:.2f}"}
+        cells |= {"n seeds": str(row.n), f"difference to {comparison.baseline}": difference_text(comparison, row)}
+        cells |= {f"{phase} s": f"{row.seconds.get(phase, math.nan):.1f}" for phase in _phases(summaries)}
+        cells |= {"total s": f"{row.total_seconds:.1f}", "peak memory": f"{row.peak_memory / 2**30:.2f} GiB"}
+        rows.append({name: "-" if "nan" in cell.split() else cell for name, cell in cells.items()})
+    return markdown_table(rows)
 
 
 def _phases(summaries: Sequence[Summary]) -> list[str]:
@@ -145,13 +126,13 @@ def groups_table(comparison: Comparison) -> str:
         return ""
     rows = []
     for name in names:
-        cells = [name.replace("_", " ")]
-        for runs in found.values():
+        cells = {"accuracy, points": name.replace("_", " ")}
+        for method, runs in found.items():
             values = 100 * np.array([run[name] for run in runs if name in run])
             spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "-")
+            cells[method] = f"{values.mean():.1f}{spread}" if len(values) else "-"
         rows.append(cells)
-    return _markdown(("accuracy, points", *found), rows)
+    return markdown_table(rows)
 
 
 def results_csv(collection: Collection) -> str:
@@ -184,8 +165,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells by column, in the order in which columns are first named; what a row lacks is "-"."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [head, ["---", *["---:"] * (len(head) - 1)], *([row.get(name, "-") for name in head] for row in rows)]
     # A "|" inside a name would open a new column.
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
-    rule = ["---" if column == 0 else "---:" for column in range(len(head))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]) + "\n"
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)
