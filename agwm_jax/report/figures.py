@@ -109,7 +109,7 @@ def _histogram(figure: "Figure", data: ComparisonData, look: Mapping[str, Look])
 
 
 def _overview(figure: "Figure", data: ComparisonData, look: Mapping[str, Look]) -> None:
-    panels = [panel for panel in panels_with_data(data.records) if panel.key != "alpha_mean"][:3]
+    panels = [panel for panel in panels_with_data(data.records) if not panel.is_gate][:3]
     heat = [method for method in searched(data) if data.gates[method].layers][-1:]
     rows = figure.subfigures(1 + bool(panels), 1, height_ratios=[1.2, 1.0][: 1 + bool(panels)], squeeze=False)[:, 0]
     top = rows[0]

@@ -11,7 +11,7 @@ import agwm_jax.report
 from agwm_jax.errors import AgwmError
 from agwm_jax.report import write_report
 from agwm_jax.report.figures import searched
-from agwm_jax.report.plots import _curves, _smooth, panels
+from agwm_jax.report.plots import Panel, _curves, _smooth
 from agwm_jax.report.runs import read_records, read_run
 from agwm_jax.report.write import ComparisonData
 
@@ -100,7 +100,7 @@ def test_several_tasks_a_regression_among_them_have_files_of_their_own(write_run
 def test_every_split_of_the_search_is_a_curve(write_run):
     folder = write_run("agwm", 0, num_splits=3, steps=20)
     records = read_records(read_run(folder))
-    curves = _curves(records, panels("search")[1])
+    curves = _curves(records, Panel("search", "outer_loss"))
     assert [len(values) for _, values in curves] == [20, 20, 20]
     outer = [record["outer_loss"] for record in records if record["phase"] == "search-1"]
     np.testing.assert_array_equal(curves[1][1], outer)
