@@ -78,7 +78,7 @@ def write_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 def _frontier(figure: "Figure", rows: Sequence[Row]) -> None:
     analytic = [row for row in rows if row["part"] == "analytic"]
     problems = list(dict.fromkeys(row["problem"] for row in analytic))
-    names = list(dict.fromkeys(_family(row) for row in rows if row["part"] in ("analytic", "cost")))
+    names = list(dict.fromkeys(_family(row["estimator"]) for row in rows if row["part"] in ("analytic", "cost")))
     look = looks(names, baseline=names[0])
     panels = figure.subplots(1, len(problems) + 1)
     for axes, problem in zip(panels, problems, strict=False):
@@ -87,7 +87,7 @@ def _frontier(figure: "Figure", rows: Sequence[Row]) -> None:
             if row["problem"] == problem:
                 curves[row["estimator"]].append((row["fb"], max(row["value"], 1e-9)))
         for name, curve in curves.items():
-            own = look[name.partition(",")[0].partition(" ")[0]]
+            own = look[_family(name)]
             line = "none" if name == "penalty" else ":" if "differences" in name else "-"
             label = f"{name} (weights 1 to 1000)" if name == "penalty" else name
             axes.plot(*zip(*curve, strict=True), color=own.color, marker=own.marker, ls=line, ms=5, lw=1.4, label=label)
@@ -106,7 +106,7 @@ def _model_panel(axes: Any, rows: Sequence[Row], look: dict[str, Look]) -> None:
         found = [r for r in points if r["estimator"] == row["estimator"] and r["anchor"] == anchor]
         cosines = [r["value"] for r in found if r["quantity"] == "response cosine"]
         if cosines:
-            placed.append((float(np.median(cosines)), row["value"], row["estimator"], look[_family(row)]))
+            placed.append((float(np.median(cosines)), row["value"], row["estimator"], look[_family(row["estimator"])]))
     right, low = 1.15 * max(fb for _, fb, _, _ in placed), -np.inf
     for cosine, fb, name, own in sorted(placed, key=lambda each: each[:3]):
         low = max(cosine, low + 0.05)  # names stand in a column, none upon another
@@ -143,8 +143,8 @@ def _heat(figure: "Figure", rows: Sequence[Row], names: Sequence[str]) -> None:
     headline(figure, "Cosine of each hypergradient with the reference (1, blue: same direction; -1, red: opposite)")
 
 
-def _family(row: Row) -> str:
-    return row["estimator"].partition(",")[0].partition(" ")[0]
+def _family(estimator: str) -> str:
+    return estimator.partition(",")[0].partition(" ")[0]
 
 
 def _median(rows: Iterable[Row], quantity: str, anchor: float) -> str:

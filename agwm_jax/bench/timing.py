@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agwm_jax.core.cost import matmul_flops
-from agwm_jax.engine.lanes import compiler_options
+from agwm_jax.engine.lanes import compiler_options, peak_bytes
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -74,13 +74,6 @@ def compile_twice(program: Program) -> Compiled:
         compile_seconds,
         traced + loaded,
     )
-
-
-def peak_bytes(compiled: Any) -> int:
-    """What one device holds while the program runs, by the compiler's own account."""
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return held - memory.alias_size_in_bytes
 
 
 def measure(

@@ -138,7 +138,7 @@ class Lanes:
         where = (jax.tree.map(lambda x: x.sharding, self.state), whole, whole)
         jitted = jax.jit(advance, donate_argnums=0, out_shardings=where)
         compiled = jitted.lower(*arguments, 0, 1).compile(compiler_options())
-        return Program(compiled, _num_bytes(compiled), time.perf_counter() - began)
+        return Program(compiled, peak_bytes(compiled), time.perf_counter() - began)
 
     def _step(self, state, held, data, plan, key, step):
         """One step of one lane."""
@@ -235,9 +235,10 @@ def _all_finite(tree) -> Array:
     return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all() if floats else jnp.array(True)
 
 
-def _num_bytes(compiled) -> int:
+def peak_bytes(compiled: Any) -> int:
+    """What one device holds while a program runs, as the compiler counts it; 0 where a backend does not count."""
     found = compiled.memory_analysis()
-    if found is None:  # a backend that does not count
+    if found is None:
         return 0
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return int(kept + found.temp_size_in_bytes)
