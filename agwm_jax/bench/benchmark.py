@@ -1,13 +1,11 @@
 """The benchmark of training steps: rows, and the page that shows them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
-from agwm_jax.bench.timing import Compiled, Program, compile_step, compile_twice, free_bytes, measure
+from agwm_jax.bench.timing import Compiled, Program, compile_twice, free_bytes, measure
 from agwm_jax.report.table import markdown_table
 
 PLAIN, MATRIX = "plain step", "matrix product"
@@ -89,27 +87,6 @@ def time_side_by_side(
     }
 
 
-def compile_table(
-    make: Callable[[int], Mapping[str, Program]],
-    layers: Sequence[int],
-    names: Sequence[str],
-    say: Callable[[str], None],
-) -> dict[str, dict[int, float]]:
-    """Seconds of tracing and compiling every program at some numbers of layers; ``make(layers)`` gives the programs."""
-    table: dict[str, dict[int, float]] = {name: {} for name in names}
-    jax.config.update("jax_enable_compilation_cache", False)  # it holds the shape's own number of layers already
-    compilation_cache.reset_cache()
-    for number in layers:
-        found = make(number)
-        for name in names:
-            _, traced, compiled = compile_step(found[name])
-            table[name][number] = traced + compiled
-            say(f"compiled {name}, {number} layers, in {compiled:.1f} s")
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-    return table
-
-
 def _compiled_columns(compiled: Compiled, fb: float, costs: Costs) -> dict[str, Any]:
     return {
         "fb": compiled.flops / costs.pass_flops,
@@ -127,14 +104,8 @@ def _ratio(ratio: np.ndarray) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """All that was measured of one shape, as a page."""
-    tables = [[_cells(row) for row in result["rows"]], [_seeds_cells(row) for row in result["seeds"]]]
-    tables.append(
-        [
-            {"trace and compile, s": name, **{f"{layers} layers": f"{x:.1f}" for layers, x in seconds.items()}}
-            for name, seconds in result["compile"].items()
-        ]
-    )
     head = f"## {result['setting']}\n\nAttention: {result['attention']}.\n"
+    tables = ([_cells(row) for row in result["rows"]], [_seeds_cells(row) for row in result["seeds"]])
     return "\n".join([head, *(markdown_table(rows) for rows in tables if rows)])
 
 
