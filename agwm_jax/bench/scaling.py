@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -48,37 +49,22 @@ def rows(
         meshes: arguments of `make_placement` but for `seed`, by name; of devices that JAX has, real or fake.
         options: how the models compute.
     """
-    for model, shape in models.items():
-        for name, settings in methods.items():
-            for mesh, sizes in meshes.items():
-                yield _row(model, name, mesh, shape, settings, sizes, options)
-
-
-def _row(
-    model: str,
-    name: str,
-    mesh: str,
-    shape: Shape,
-    settings: Mapping[str, Any],
-    sizes: Mapping[str, Any],
-    options: Options,
-) -> Row:
-    prepared = prepare(shape, options, abstract=True)
-    built = method(prepared, settings)
-    examples = prepared.setup.num_examples
-    columns = {key: np.zeros((examples, shape.length), np.int32) for key in ("input_ids", "attention_mask")}
-    data = {**columns, "labels": np.zeros(examples, np.int32)}
-    member = Member(0, built, prepared.params, data, jax.random.key(0))
-    placement = make_placement(seed=1, **sizes)
-    began = time.perf_counter()
-    with jax.set_mesh(placement.mesh):
-        group, programs = Group([member], Layout(placement), prepared.model.weights), Programs()
-        found = [(stage_bytes(group, number, programs, 1)[0], number) for number in range(len(group.stages))]
-        most, number = max(found)
-        lanes = Lanes(group, number)
-        text = lanes.compile(programs, 1).advance.as_text()  # type: ignore[attr-defined]
-    seconds = time.perf_counter() - began
-    return Row(model, name, mesh, lanes.name, most / 1e9, _exchanged(text), seconds)
+    for (model, shape), (name, settings), (mesh, sizes) in product(models.items(), methods.items(), meshes.items()):
+        prepared = prepare(shape, options, abstract=True)
+        built = method(prepared, settings)
+        examples = prepared.setup.num_examples
+        columns = {key: np.zeros((examples, shape.length), np.int32) for key in ("input_ids", "attention_mask")}
+        data = {**columns, "labels": np.zeros(examples, np.int32)}
+        member = Member(0, built, prepared.params, data, jax.random.key(0))
+        placement = make_placement(seed=1, **sizes)
+        began = time.perf_counter()
+        with jax.set_mesh(placement.mesh):
+            group, programs = Group([member], Layout(placement), prepared.model.weights), Programs()
+            found = [(stage_bytes(group, number, programs, 1)[0], number) for number in range(len(group.stages))]
+            most, number = max(found)
+            lanes = Lanes(group, number)
+            text = lanes.compile(programs, 1).advance.as_text()  # type: ignore[attr-defined]
+        yield Row(model, name, mesh, lanes.name, most / 1e9, _exchanged(text), time.perf_counter() - began)
 
 
 def _exchanged(text: str) -> dict[str, float]:

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from agwm_jax.errors import AgwmError
 from agwm_jax.settings.config import Config, config_fingerprint, dump_config, load_config
-
-_OLD_FILES = ("task.safetensors", "alpha.safetensors")
-_OLD_SECTIONS = ("mixup", "search", "hypergradient")
 
 
 def check(folder: Path, config: Config) -> None:
@@ -68,21 +64,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise AgwmError(f"{folder} is no run folder (it has no config.yaml); expected the --run.output of a training.")
-    old = [name for name in _OLD_FILES if (folder / name).exists()] or _old_sections(path)
-    if old:
-        raise AgwmError(
-            f"{folder} is a run of version 0.3 ({', '.join(old)}), which this version does not read: use it with "
-            "agwm-jax 0.3, or train again in a new folder."
-        )
     return load_config(path)
-
-
-def _old_sections(path: Path) -> list[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []  # `load_config` says what is wrong with it
-    return [f"{path.name} has a section {name}" for name in _OLD_SECTIONS if name in (content or {})]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
