@@ -165,16 +165,12 @@ class EncoderClassifier(nnx.Module):
 
     Args:
         config: shape and dropout rates.
-        num_labels: size of the head, c.
         pooling: "cls" (what `first` makes of the first token) or "mean" (mean over real tokens).
         options: how it computes.
         rngs: stream "params" for the initial weights.
     """
 
-    def __init__(
-        self, config: EncoderConfig, *, num_labels: int, pooling: str = "cls", options: Options, rngs: nnx.Rngs
-    ) -> None:
-        del num_labels
+    def __init__(self, config: EncoderConfig, *, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
         if pooling not in ("cls", "mean"):
             raise AgwmError(f"pooling is {pooling!r}, expected 'cls' or 'mean'.")
         self.embeddings = Embeddings(config, options=options, rngs=rngs)

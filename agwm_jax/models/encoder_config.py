@@ -72,8 +72,6 @@ class EncoderConfig:
         used = {name: values.get(name, default) for name, default in defaults.items()}
         faults += cls.faults({name: value for name, value in used.items() if name not in missing})
         _refuse(faults)
-        for name in (*_RATES, *_POSITIVE):
-            used[name] = None if used[name] is None else float(used[name])
         return cls(**used)
 
     @classmethod

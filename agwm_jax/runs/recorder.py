@@ -21,7 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from agwm_jax.engine.observer import records_of
+from agwm_jax.engine.observer import Observer, records_of
 from agwm_jax.methods.interface import Method, MethodWarning, Phase
 from agwm_jax.runs.folder import write_text
 
@@ -82,7 +82,7 @@ class _Files:
         return found
 
 
-class Recorder:
+class Recorder(Observer):
     """The observer that writes run folders and shows a bar; a context manager.
 
     Args:

@@ -10,6 +10,7 @@ from agwm_jax.engine.group import Group
 from agwm_jax.engine.lanes import Lanes
 from agwm_jax.engine.liveness import dependence
 from agwm_jax.engine.needs import stages_as_run
+from agwm_jax.engine.observer import Observer
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Method
 from tests.engine.methods import DOWN, HEAD, UP, WEIGHTS, build_members, layout, mixed, plain, train
@@ -97,26 +98,14 @@ def test_only_what_a_step_reads_goes_into_its_program(groups):
         assert [x.shape for x in held] == [group.needs.shapes[key].shape for key in keys]
 
 
-class Watch:
+class Watch(Observer):
     """Counts the bytes of all arrays on the devices while steps run."""
 
     def __init__(self):
         self.most = 0
 
-    def resume(self, lies_before):
-        pass
-
-    def begin(self, stage, *, step, num_steps):
-        pass
-
     def chunk(self, member, phase, infos, *, step, offset):
         self.most = max(self.most, sum(x.nbytes for x in jax.live_arrays()))
-
-    def give_up(self, member, sentence):
-        pass
-
-    def say(self, text):
-        pass
 
 
 def test_live_buffers_of_plain_training_are_its_state(groups):
