@@ -1,5 +1,6 @@
 """Lanes: the phases of one stage, of all members of a group, as one compiled program."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
@@ -30,13 +31,12 @@ class Program(NamedTuple):
     """Spent compiling it."""
 
 
+@dataclasses.dataclass
 class Programs:
     """What has been traced and compiled for runs that differ in their seeds only: groups of one size share it."""
 
-    def __init__(self):
-        """Nothing yet."""
-        self.needs: dict[Layout, Needs] = {}
-        self.compiled: dict[Any, Program] = {}
+    needs: dict[Layout, Needs] = dataclasses.field(default_factory=dict)
+    compiled: dict[Any, Program] = dataclasses.field(default_factory=dict)
 
 
 class Lanes:
@@ -48,7 +48,6 @@ class Lanes:
     """
 
     def __init__(self, group: Group, number: int):
-        """Lay out the lanes; nothing is computed yet."""
         self.stage, self.needs = group.stages[number], group.needs.stages[number]
         self._group, self._number = group, number
         self._count = len(group.members) * len(self.stage)

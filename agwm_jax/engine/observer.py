@@ -48,7 +48,6 @@ class InMemory(Observer):
     """
 
     def __init__(self, num_members: int):
-        """Nothing was told yet."""
         self.records: list[list[dict[str, Any]]] = [[] for _ in range(num_members)]
         self.said: list[str] = []
 

@@ -93,7 +93,6 @@ class Recorder(Observer):
     """
 
     def __init__(self, members: Sequence[Told], *, tensorboard: bool, progress: bool, active: bool = True):
-        """Nothing is opened yet."""
         self._members, self._tensorboard, self._active = members, tensorboard, active
         self._files: list[_Files] = []
         self._given_up: set[int] = set()
@@ -113,7 +112,6 @@ class Recorder(Observer):
         self._last: dict[tuple[int, str], Mapping[str, float]] = {}
 
     def __enter__(self) -> "Recorder":
-        """Show the bar."""
         self._progress.start()
         return self
 
