@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -73,26 +73,17 @@ def _matrices(path: Path) -> Iterator[tuple[str, bool, Iterator[np.ndarray]]]:
     """(module name, has a layer axis, the matrices A): one layer at a time, for a large model needs the memory."""
     with safe_open(path, framework="numpy") as file:
         order = json.loads((file.metadata() or {}).get("weights", "[]"))
-        factors: dict[str, list[str]] = {}
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            collection, _, rest = key.partition("/")
-            if collection == COLLECTION:
-                weight, _, factor = rest.partition("/")
-                factors.setdefault(weight, []).append(factor)
-        for weight in sorted(factors, key=lambda name: order.index(name) if name in order else len(order)):
-            left, right = _tensor(file, weight, "left" if "left" in factors[weight] else ""), None
-            if factors[weight] != [""]:
-                right = _tensor(file, weight, "right")
-            parts = weight.split(".")
-            name = parts[-2] if parts[-1] == "kernel" and len(parts) > 1 else parts[-1]
-            stacked = left.ndim == 3
-            yield name, stacked, _layers(left, right, stacked)
+        keys = {tuple(key.split("/")) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        weights = {weight for collection, weight, *_ in keys if collection == COLLECTION}
+        for weight in sorted(weights, key=lambda name: order.index(name) if name in order else len(order)):
+            whole = (COLLECTION, weight)
+            parts = [whole] if whole in keys else [(*whole, "left"), (*whole, "right")]
+            left, *right = (np.asarray(file.get_tensor("/".join(part)), dtype=np.float32) for part in parts)
+            names = weight.split(".")
+            name = names[-2] if names[-1] == "kernel" and len(names) > 1 else names[-1]
+            yield name, left.ndim == 3, _layers(left, *right)
 
 
-def _tensor(file: Any, weight: str, factor: str) -> np.ndarray:
-    return np.asarray(file.get_tensor("/".join(filter(None, (COLLECTION, weight, factor)))), dtype=np.float32)
-
-
-def _layers(left: np.ndarray, right: np.ndarray | None, stacked: bool) -> Iterator[np.ndarray]:
-    for index in range(len(left)) if stacked else (...,):
+def _layers(left: np.ndarray, right: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    for index in range(len(left)) if left.ndim == 3 else (...,):
         yield left[index] if right is None else left[index] @ right[index] / right.shape[-2]
