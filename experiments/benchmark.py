@@ -28,7 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from agwm_jax import AgwmError
 from agwm_jax.bench.benchmark import PLAIN, Costs, markdown, time_alone, time_side_by_side
 from agwm_jax.bench.programs import TimedStep, programs, shape, torch_step
-from agwm_jax.bench.timing import matrix_product, processor, threads
+from agwm_jax.bench.timing import matrix_product, processor, say, threads
 from agwm_jax.models.attention import fused_refusal
 from agwm_jax.models.family import Options
 
@@ -67,11 +67,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for of one shape."""
     options = Options(jnp.dtype(arguments.dtype), arguments.unroll)
@@ -88,10 +83,10 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     costs = Costs(of.pass_flops, matrix_flops)
     alone = {name: program for name, program in found.items() if name in chosen}
     torch = {"plain step, PyTorch": torch_step(of)} if arguments.torch else {}
-    rows, compiled = time_alone(alone, torch, arguments.rounds, costs, product, say)
+    rows, compiled = time_alone(alone, torch, arguments.rounds, costs, product)
     several = [program for program in found if found[program].single is not None]
     side_by_side = [
-        time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs, product, say) for each in several
+        time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs, product) for each in several
     ]
     width = of.config.hidden_size // of.config.num_attention_heads
     reason = fused_refusal(dtype=options.dtype, head_width=width, length=arguments.length, dropout=False)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agwm_jax.bench.timing import Compiled, Program, compile_twice, free_bytes, measure
+from agwm_jax.bench.timing import Compiled, Program, compile_twice, free_bytes, measure, say
 from agwm_jax.report.table import markdown_table
 
 PLAIN, MATRIX = "plain step", "matrix product"
@@ -29,7 +29,6 @@ def time_alone(
     rounds: int,
     costs: Costs,
     product: Callable[[], None],
-    say: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], dict[str, Compiled]]:
     """One row a program of one seed, all timed in turn with `others`; and what was compiled."""
     compiled = {}
@@ -59,7 +58,6 @@ def time_side_by_side(
     rounds: int,
     costs: Costs,
     product: Callable[[], None],
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """One row: several seeds in turn with one of them; or how much memory they lack."""
     program, single = found[name], str(found[name].single)

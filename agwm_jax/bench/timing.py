@@ -107,6 +107,11 @@ def matrix_product(dtype: str) -> tuple[Callable[[], None], int]:
     return lambda: jax.block_until_ready(product(x)), 2 * n**3
 
 
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def threads() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -66,7 +66,13 @@ def collect(paths: Iterable[Path], *, baseline: str = "vanilla") -> Collection:
     """
     paths = [Path(path) for path in paths]
     runs, warnings = [], []
-    for folder in _folders(paths):
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise AgwmError(f"{path} is not a folder: give run folders, or folders that hold run folders.")
+        for file in path.rglob("config.yaml"):
+            found.setdefault(file.parent.resolve(), file.parent)
+    for folder in sorted(found.values()):
         run = read_run(folder)
         if isinstance(run, ReportWarning):
             warnings.append(run)
@@ -87,16 +93,6 @@ def collect(paths: Iterable[Path], *, baseline: str = "vanilla") -> Collection:
         )
     finished, more = _usable(finished)
     return Collection(_compare(finished, baseline), unfinished, warnings + more)
-
-
-def _folders(paths: Sequence[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise AgwmError(f"{path} is not a folder: give run folders, or folders that hold run folders.")
-        for file in path.rglob("config.yaml"):
-            found.setdefault(file.parent.resolve(), file.parent)
-    return sorted(found.values())
 
 
 def _usable(runs: Sequence[Run]) -> tuple[list[Run], list[ReportWarning]]:
@@ -140,8 +136,13 @@ def _compare(runs: Sequence[Run], baseline: str) -> list[Comparison]:
         stem = "".join(c if c.isalnum() else "_" for c in f"{task}-{size}")
         repeats = sum(each.slug.rsplit(".")[0] == stem for each in found)
         slug = f"{stem}.{repeats + 1}" if repeats else stem
+        own = {name: _finetune(runs[0]) for name, runs in methods.items()}
+        unequal = {
+            key: {name: settings.get(key, "absent") for name, settings in own.items()}
+            for key in _differing(list(own.values()))
+        }
         metric, split = (members[0].result.get(name, "?") for name in ("metric", "split"))
-        found.append(Comparison(task, title, slug, metric, split, methods, _unequal(methods), baseline))
+        found.append(Comparison(task, title, slug, metric, split, methods, unequal, baseline))
     return found
 
 
@@ -156,12 +157,6 @@ def _variant_names(runs: Sequence[Run]) -> list[str]:
         text = ", ".join(f"{word} = {own.get(key, 'absent')}" for word, key in zip(words, keys, strict=True))
         names.append(f"{run.method} ({text})" if text else run.method)
     return names
-
-
-def _unequal(methods: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str]]:
-    settings = {name: _finetune(runs[0]) for name, runs in methods.items()}
-    keys = _differing(list(settings.values()))
-    return {key: {name: own.get(key, "absent") for name, own in settings.items()} for key in keys}
 
 
 def _finetune(run: Run) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.settings.config import Config, config_fingerprint, dump_config, load_config
+from agwm_jax.settings.config import Config, deciding_settings, dump_config, load_config
 
 
 def check(folder: Path, config: Config) -> None:
@@ -24,10 +24,11 @@ def check(folder: Path, config: Config) -> None:
     saved = folder / "config.yaml"
     if saved.exists():
         theirs = read_config(folder)
-        if config_fingerprint(theirs) != config_fingerprint(config):
-            changes = "; ".join(_differences(theirs.model_dump(mode="json"), config.model_dump(mode="json")))
+        changes = differences(deciding_settings(theirs), deciding_settings(config), "")
+        if changes:
             raise AgwmError(
-                f"{folder} holds a run of another config ({changes}); choose another --run.output or remove the folder."
+                f"{folder} holds a run of another config ({'; '.join(changes)}); choose another --run.output or remove "
+                "the folder."
             )
         return
     if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
@@ -118,8 +119,3 @@ def differences(theirs: Any, ours: Any, path: str) -> list[str]:
         names = {**theirs, **ours}
         return [x for name in names for x in differences(theirs.get(name), ours.get(name), f"{path}.{name}".strip("."))]
     return [] if theirs == ours else [f"{path} is {theirs!r} there and {ours!r} here"]
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    left, right = ({k: v for k, v in x.items() if k not in ("run", "mesh")} for x in (theirs, ours))
-    return [*differences(left, right, ""), *differences(theirs["run"]["seed"], ours["run"]["seed"], "run.seed")]
