@@ -52,7 +52,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     moved = [f"{old} is now {new}" for old, new in _MOVED.items() if old in raw]
     if moved:
         raise AgwmError(
-            f"{where}: settings of version 0.3: {'; '.join(moved)}; `agwm settings` lists all that there are"
+            f"{where}: settings of version 0.3: {'; '.join(moved)}; `agwm settings` lists all that there are. Use a "
+            "run of that version with agwm-jax 0.3, or train again in a new folder"
         )
     return parse_config(raw, where)
 

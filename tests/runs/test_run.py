@@ -115,7 +115,7 @@ def test_folders_of_something_else_are_left_alone(configure, tmp_path):
         train(configure(), progress=False)
     (folder / "config.yaml").write_text("method: {name: agwm}\nsearch: {epochs: 3}\n")
     for use in (lambda: train(configure(), progress=False), lambda: evaluate(folder)):
-        with pytest.raises(AgwmError, match=r"run of version 0\.3 \(config\.yaml has a section search\).*train again"):
+        with pytest.raises(AgwmError, match=r"config\.yaml: settings of version 0\.3: search is now .*train again"):
             use()
     assert {path.name for path in folder.iterdir()} == {"thesis.txt", "config.yaml"}
 
