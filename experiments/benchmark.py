@@ -79,15 +79,12 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     of = shape(family, arguments.layers or layers, *sizes, batch=arguments.batch, length=arguments.length)
     steps = {n: step for n, step in STEPS.items() if n in chosen or (seeds and n in SIDE_BY_SIDE)}
     found = programs(of, options, steps, seeds=seeds, side_by_side=SIDE_BY_SIDE)
-    product, matrix_flops = matrix_product(arguments.dtype)
-    costs = Costs(of.pass_flops, matrix_flops)
+    costs = Costs(of.pass_flops, *matrix_product(arguments.dtype))
     alone = {name: program for name, program in found.items() if name in chosen}
     torch = {"plain step, PyTorch": torch_step(of)} if arguments.torch else {}
-    rows, compiled = time_alone(alone, torch, arguments.rounds, costs, product)
+    rows, compiled = time_alone(alone, torch, arguments.rounds, costs)
     several = [program for program in found if found[program].single is not None]
-    side_by_side = [
-        time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs, product) for each in several
-    ]
+    side_by_side = [time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs) for each in several]
     width = of.config.hidden_size // of.config.num_attention_heads
     reason = fused_refusal(dtype=options.dtype, head_width=width, length=arguments.length, dropout=False)
     device = jax.devices()[0]

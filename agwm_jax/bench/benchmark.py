@@ -16,6 +16,8 @@ class Costs(NamedTuple):
 
     pass_flops: int
     """Of one forward and backward pass, from shapes."""
+    product: Callable[[], None]
+    """One large matrix product."""
     matrix_flops: int
 
     def utilisation(self, fb: float, seconds: np.ndarray, matrix_seconds: np.ndarray) -> float:
@@ -28,7 +30,6 @@ def time_alone(
     others: Mapping[str, Callable[[], None]],
     rounds: int,
     costs: Costs,
-    product: Callable[[], None],
 ) -> tuple[list[dict[str, Any]], dict[str, Compiled]]:
     """One row a program of one seed, all timed in turn with `others`; and what was compiled."""
     compiled = {}
@@ -36,7 +37,7 @@ def time_alone(
         compiled[name] = compile_twice(program)
         say(f"compiled {name} in {compiled[name].compile_seconds:.1f} s")
     states = {name: program.start(program.state) for name, program in found.items()}
-    seconds = measure(compiled, states, {**others, MATRIX: product}, rounds)
+    seconds = measure(compiled, states, {**others, MATRIX: costs.product}, rounds)
     rows = []
     for name, each in seconds.items():
         if name == MATRIX:
@@ -57,7 +58,6 @@ def time_side_by_side(
     seeds: int,
     rounds: int,
     costs: Costs,
-    product: Callable[[], None],
 ) -> dict[str, Any]:
     """One row: several seeds in turn with one of them; or how much memory they lack."""
     program, single = found[name], str(found[name].single)
@@ -70,7 +70,7 @@ def time_side_by_side(
         )
         return {"program": single, "seeds": seeds, "lacking": lacking}
     states = {one: found[one].start(found[single].state) for one in (single, name)}
-    seconds = measure(both, states, {MATRIX: product}, rounds)
+    seconds = measure(both, states, {MATRIX: costs.product}, rounds)
     each, alone = seconds[name], seconds[single]
     return {
         "program": single,
