@@ -1,7 +1,7 @@
 """Seconds, memory and compile time of a training step, of search iterations, and of several seeds side by side.
 
     python experiments/benchmark.py --output runs/benchmark                      # MiniLM-L6, 16 x 128, float32: a CPU
-    python experiments/benchmark.py --only plain unrolled --compile-layers 6 12 24
+    python experiments/benchmark.py --only plain unrolled --layers 12            # compile time by layers, and the rest
     python experiments/benchmark.py --only seeds --seeds 4 --length 32           # only several seeds, and one alone
     python experiments/benchmark.py --preset gpu --output runs/gpu               # BERT-base and -large in bfloat16
 
@@ -26,9 +26,9 @@ import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
 from agwm_jax import AgwmError
-from agwm_jax.bench.benchmark import PLAIN, Costs, compile_table, markdown, time_alone, time_side_by_side
+from agwm_jax.bench.benchmark import PLAIN, Costs, markdown, time_alone, time_side_by_side
 from agwm_jax.bench.programs import TimedStep, programs, shape, torch_step
-from agwm_jax.bench.timing import matrix_product, processor, threads
+from agwm_jax.bench.timing import matrix_product, processor, say, threads
 from agwm_jax.models.attention import fused_refusal
 from agwm_jax.models.family import Options
 
@@ -67,11 +67,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def say(text: str) -> None:
-    """A line of progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for of one shape."""
     options = Options(jnp.dtype(arguments.dtype), arguments.unroll)
@@ -80,23 +75,16 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     seeds = arguments.seeds if words is None or "seeds" in words else 0
     chosen = {n for n in STEPS if words is None or n == PLAIN or any(word in n for word in words)}
 
-    def made(layers: int | None, seeds: int):
-        family, own, *sizes = SHAPES[name]
-        found = shape(family, layers or own, *sizes, batch=arguments.batch, length=arguments.length)
-        steps = {n: step for n, step in STEPS.items() if n in chosen or (seeds and n in SIDE_BY_SIDE)}
-        return found, programs(found, options, steps, seeds=seeds, side_by_side=SIDE_BY_SIDE)
-
-    of, found = made(arguments.layers, seeds)
-    product, matrix_flops = matrix_product(arguments.dtype)
-    costs = Costs(of.pass_flops, matrix_flops)
+    family, layers, *sizes = SHAPES[name]
+    of = shape(family, arguments.layers or layers, *sizes, batch=arguments.batch, length=arguments.length)
+    steps = {n: step for n, step in STEPS.items() if n in chosen or (seeds and n in SIDE_BY_SIDE)}
+    found = programs(of, options, steps, seeds=seeds, side_by_side=SIDE_BY_SIDE)
+    costs = Costs(of.pass_flops, *matrix_product(arguments.dtype))
     alone = {name: program for name, program in found.items() if name in chosen}
     torch = {"plain step, PyTorch": torch_step(of)} if arguments.torch else {}
-    rows, compiled = time_alone(alone, torch, arguments.rounds, costs, product, say)
+    rows, compiled = time_alone(alone, torch, arguments.rounds, costs)
     several = [program for program in found if found[program].single is not None]
-    side_by_side = [
-        time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs, product, say) for each in several
-    ]
-    layers = arguments.compile_layers
+    side_by_side = [time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs) for each in several]
     width = of.config.hidden_size // of.config.num_attention_heads
     reason = fused_refusal(dtype=options.dtype, head_width=width, length=arguments.length, dropout=False)
     device = jax.devices()[0]
@@ -108,7 +96,6 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "attention": "fused where no second derivatives are taken" if reason is None else f"plain products ({reason})",
         "rows": rows,
         "seeds": side_by_side,
-        "compile": compile_table(lambda number: made(number, 0)[1], layers, list(alone), say) if layers else {},
     }
 
 
@@ -128,7 +115,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", help="programs that contain one of these words, and the plain step; seeds: several seeds"
     )
-    parser.add_argument("--compile-layers", nargs="+", type=int, default=[], help="compile time at these layers too")
     parser.add_argument("--torch", action="store_true", help="time PyTorch's plain step too (CPU)")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.set_defaults(**PRESETS.get(parser.parse_args(words).preset, {}))

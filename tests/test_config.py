@@ -13,7 +13,7 @@ import agwm_jax
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.technique import Technique
 from agwm_jax.section import Choice, Section, _Several, inside, marks
-from agwm_jax.settings import Config, all_settings, config_fingerprint, dump_config, load_config, seed_configs
+from agwm_jax.settings import Config, all_settings, deciding_settings, dump_config, load_config, seed_configs
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -54,7 +54,7 @@ def test_each_config_of_the_repository_loads_and_comes_back_from_its_dump(path, 
     copy.parent.mkdir()
     copy.write_text(dump_config(config))
     assert load_config(copy) == config
-    assert config_fingerprint(load_config(copy)) == config_fingerprint(config)
+    assert deciding_settings(load_config(copy)) == deciding_settings(config)
     head = path.read_text().split("\n\n")[0]
     assert all(word in head for word in ("Command:", "Hardware:", "Time:", "Expected:"))
 
@@ -289,16 +289,16 @@ def test_a_model_is_a_folder_where_there_is_one_and_a_name_elsewhere(write, tmp_
 
 
 def test_the_fingerprint_follows_what_changes_a_result_and_nothing_else():
-    plain = config_fingerprint(load_config(None))
+    plain = deciding_settings(load_config(None))
     same = ["--output", "elsewhere", "--run.tensorboard", "false", "--run.checkpoint_minutes", "7", "--mesh.data", "2"]
-    assert config_fingerprint(load_config(None, same)) == plain
+    assert deciding_settings(load_config(None, same)) == plain
     for different in (
         ["--seed", "1"],
         ["--method.search.anchor", "0.1"],
         ["--method", "vanilla"],
         ["--task.seed", "1"],
     ):
-        assert config_fingerprint(load_config(None, different)) != plain
+        assert deciding_settings(load_config(None, different)) != plain
 
 
 def test_each_seed_has_the_config_of_a_run_of_its_own():

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from agwm_jax.core.bilevel import hypergradient
 from agwm_jax.core.estimators.base import Estimator
 from agwm_jax.core.inner import InnerState, inner_steps
 from agwm_jax.core.mixup import mixup_problem
 from agwm_jax.core.partition import partition
-from agwm_jax.core.types import Composite, Problem
+from agwm_jax.core.types import Problem
 
 Curve = tuple[str, int, float, list[Estimator]]
 """``(name, terms, cost in fb beyond the look-ahead, estimators)``; of several the median error is taken."""
@@ -33,58 +34,48 @@ class Analytic(NamedTuple):
     """Number of inner entries, the largest rank of a sketch."""
 
 
-def logistic_regression(n: int = 500, d: int = 20, seed: int = 0) -> Analytic:
-    """L2 strength of every feature (its logarithm) by the loss of a validation set; n examples on either side."""
-    rng = np.random.default_rng(seed)
+def logistic_regression() -> Analytic:
+    """L2 strength of each of 20 features (its logarithm) by the loss of a validation set; 500 examples either side."""
+    n, d = 500, 20
+    rng = np.random.default_rng(0)
     truth = rng.normal(size=d) * (rng.random(d) < 0.5)
     x, x_val = rng.normal(size=(2, n, d))
     y, y_val = (np.sign(features @ truth + rng.normal(size=n)) for features in (x, x_val))
 
-    def outputs(w, log_l2, _):
-        return y * (x @ w), jnp.exp(log_l2 / 2) * w
-
-    def criterion(z, _):
-        return jnp.mean(jax.nn.softplus(-z[0])) + 0.5 * jnp.sum(z[1] ** 2)
+    def inner_loss(w, log_l2, _):
+        return jnp.mean(jax.nn.softplus(-y * (x @ w))) + 0.5 * jnp.sum(jnp.exp(log_l2) * w**2)
 
     def outer_loss(w, log_l2, _):
         return jnp.mean(jax.nn.softplus(-y_val * (x_val @ w)))
 
     outer = np.full(d, np.log(0.02)) + 0.5 * rng.normal(size=d)
     largest = np.linalg.eigvalsh(x.T @ x / (4 * n)).max() + np.exp(outer).max()
-    return Analytic(Problem(Composite(outputs, criterion), outer_loss), np.zeros(d), outer, 1 / largest, d)
+    return Analytic(Problem(inner_loss, outer_loss), np.zeros(d), outer, 1 / largest, d)
 
 
-def anchored_mixup(n: int = 60, shape: tuple[int, int] = (10, 2), anchor: float = 0.1, seed: int = 0) -> Analytic:
+def anchored_mixup() -> Analytic:
     """Weight mixup of a linear model with squared loss and an anchor, alpha of rank 1."""
-    rng = np.random.default_rng(seed)
+    n, shape, anchor = 60, (10, 2), 0.1
+    rng = np.random.default_rng(0)
     pretrained = rng.normal(size=shape)
     sets = []
     for _ in range(2):
         x = rng.normal(size=(n, shape[0]))
         sets.append((x, x @ (pretrained + 0.5 * rng.normal(size=shape)) + 0.3 * rng.normal(size=(n, shape[1]))))
-    loss = Composite(
-        lambda params, batch: batch[0] @ params["w"],
-        lambda z, batch: 0.5 * jnp.sum((z - batch[1]) ** 2) / n,
-    )
-    frozen = {"w": jnp.asarray(pretrained)}
-    problem = mixup_problem(loss, partition(frozen, mixed=("w",)), anchor=anchor)
-
-    def on(loss, data):
-        def fixed(w, alpha, _):
-            return loss(w, {"w": alpha}, data)
-
-        return fixed
-
-    inner = problem.inner_loss
-    assert isinstance(inner, Composite)
     train, validation = sets
-    composite = Composite(
-        lambda w, alpha, _: inner.outputs(w, {"w": alpha}, train), lambda z, _: inner.criterion(z, train)
+
+    def loss(params, batch):
+        return 0.5 * jnp.sum((batch[0] @ params["w"] - batch[1]) ** 2) / n
+
+    frozen = {"w": jnp.asarray(pretrained)}
+    mixed = mixup_problem(loss, partition(frozen, mixed=("w",)), anchor=anchor)
+    problem = Problem(
+        lambda w, alpha, _: mixed.inner_loss(w, {"w": alpha}, train),
+        lambda w, alpha, _: mixed.outer_loss(w, {"w": alpha}, validation),
     )
     alpha = jnp.asarray(rng.uniform(0.5, 1, shape))
     largest = np.linalg.eigvalsh(train[0].T @ train[0] / n).max() + anchor
-    rank = int(np.prod(shape))
-    return Analytic(Problem(composite, on(problem.outer_loss, validation)), frozen, alpha, 1 / largest, rank)
+    return Analytic(problem, frozen, alpha, 1 / largest, alpha.size)
 
 
 PROBLEMS: dict[str, Callable[[], Analytic]] = {
@@ -125,4 +116,4 @@ def _estimate(case: Analytic, estimator: Estimator, start, outer, num_steps: int
         found = hypergradient(case.problem, estimator, start, outer, batches, jnp.zeros(()), inner_tx=tx)
         return found.hypergradient
 
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(run(start, outer))])
+    return np.asarray(ravel_pytree(run(start, outer))[0])

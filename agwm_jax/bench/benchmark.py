@@ -1,13 +1,12 @@
 """The benchmark of training steps: rows, and the page that shows them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
-from agwm_jax.bench.timing import Compiled, Program, compile_step, compile_twice, free_bytes, measure
+from agwm_jax.bench.timing import Compiled, Program, compile_twice, free_bytes, measure, say
+from agwm_jax.report.table import markdown_table
 
 PLAIN, MATRIX = "plain step", "matrix product"
 
@@ -17,6 +16,8 @@ class Costs(NamedTuple):
 
     pass_flops: int
     """Of one forward and backward pass, from shapes."""
+    product: Callable[[], None]
+    """One large matrix product."""
     matrix_flops: int
 
     def utilisation(self, fb: float, seconds: np.ndarray, matrix_seconds: np.ndarray) -> float:
@@ -29,8 +30,6 @@ def time_alone(
     others: Mapping[str, Callable[[], None]],
     rounds: int,
     costs: Costs,
-    product: Callable[[], None],
-    say: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], dict[str, Compiled]]:
     """One row a program of one seed, all timed in turn with `others`; and what was compiled."""
     compiled = {}
@@ -38,7 +37,7 @@ def time_alone(
         compiled[name] = compile_twice(program)
         say(f"compiled {name} in {compiled[name].compile_seconds:.1f} s")
     states = {name: program.start(program.state) for name, program in found.items()}
-    seconds = measure(compiled, states, {**others, MATRIX: product}, rounds)
+    seconds = measure(compiled, states, {**others, MATRIX: costs.product}, rounds)
     rows = []
     for name, each in seconds.items():
         if name == MATRIX:
@@ -59,8 +58,6 @@ def time_side_by_side(
     seeds: int,
     rounds: int,
     costs: Costs,
-    product: Callable[[], None],
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """One row: several seeds in turn with one of them; or how much memory they lack."""
     program, single = found[name], str(found[name].single)
@@ -73,7 +70,7 @@ def time_side_by_side(
         )
         return {"program": single, "seeds": seeds, "lacking": lacking}
     states = {one: found[one].start(found[single].state) for one in (single, name)}
-    seconds = measure(both, states, {MATRIX: product}, rounds)
+    seconds = measure(both, states, {MATRIX: costs.product}, rounds)
     each, alone = seconds[name], seconds[single]
     return {
         "program": single,
@@ -86,27 +83,6 @@ def time_side_by_side(
         "utilisation": costs.utilisation(program.fb, each, seconds[MATRIX]),
         "single_utilisation": costs.utilisation(program.fb / seeds, alone, seconds[MATRIX]),
     }
-
-
-def compile_table(
-    make: Callable[[int], Mapping[str, Program]],
-    layers: Sequence[int],
-    names: Sequence[str],
-    say: Callable[[str], None],
-) -> dict[str, dict[int, float]]:
-    """Seconds of tracing and compiling every program at some numbers of layers; ``make(layers)`` gives the programs."""
-    table: dict[str, dict[int, float]] = {name: {} for name in names}
-    jax.config.update("jax_enable_compilation_cache", False)  # it holds the shape's own number of layers already
-    compilation_cache.reset_cache()
-    for number in layers:
-        found = make(number)
-        for name in names:
-            _, traced, compiled = compile_step(found[name])
-            table[name][number] = traced + compiled
-            say(f"compiled {name}, {number} layers, in {compiled:.1f} s")
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-    return table
 
 
 def _compiled_columns(compiled: Compiled, fb: float, costs: Costs) -> dict[str, Any]:
@@ -126,49 +102,37 @@ def _ratio(ratio: np.ndarray) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """All that was measured of one shape, as a page."""
-    lines = [f"## {result['setting']}", "", f"Attention: {result['attention']}.", ""]
-    lines += [
-        "| program | s | plain steps (quartiles) | fb | peak GB (ratio) | utilisation | compile, s | cached, s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += map(_line, result["rows"])
-    if result["seeds"]:
-        lines += [
-            "",
-            "| side by side | seeds | s a seed | one alone, s | a seed, in single ones (quartiles) |"
-            " all, in single ones | peak GB | utilisation (alone) | compile, s |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-            *map(_seeds_line, result["seeds"]),
-        ]
-    if result["compile"]:
-        layers = list(next(iter(result["compile"].values())))
-        lines += [
-            "",
-            f"| trace and compile, s | {' | '.join(f'{n} layers' for n in layers)} |",
-            f"| --- | {' | '.join('---:' for _ in layers)} |",
-        ]
-        for name, seconds in result["compile"].items():
-            lines.append(f"| {name} | {' | '.join(f'{x:.1f}' for x in seconds.values())} |")
-    return "\n".join([*lines, ""])
+    head = f"## {result['setting']}\n\nAttention: {result['attention']}.\n"
+    tables = ([_cells(row) for row in result["rows"]], [_seeds_cells(row) for row in result["seeds"]])
+    return "\n".join([head, *(markdown_table(rows) for rows in tables if rows)])
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    line = f"| {row['program']} | {row['seconds']:.3f} | {_spread(row)} |"
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    cells = {"program": row["program"], "s": f"{row['seconds']:.3f}", "plain steps (quartiles)": _spread(row)}
     if "fb" not in row:
-        return line + " - | - | - | - | - |"
-    line += f" {row['fb']:.2f} | {row['bytes'] / 1e9:.2f} ({row['bytes_ratio']:.2f}) | {row['utilisation']:.0%} |"
-    return line + f" {row['trace_seconds'] + row['compile_seconds']:.1f} | {row['cached_seconds']:.1f} |"
+        return cells
+    return cells | {
+        "fb": f"{row['fb']:.2f}",
+        "peak GB (ratio)": f"{row['bytes'] / 1e9:.2f} ({row['bytes_ratio']:.2f})",
+        "utilisation": f"{row['utilisation']:.0%}",
+        "compile, s": f"{row['trace_seconds'] + row['compile_seconds']:.1f}",
+        "cached, s": f"{row['cached_seconds']:.1f}",
+    }
 
 
-def _seeds_line(row: Mapping[str, Any]) -> str:
+def _seeds_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    cells = {"side by side": row["program"], "seeds": str(row["seeds"])}
     if "lacking" in row:
-        return f"| {row['program']} | {row['seeds']} | {row['lacking']} | - | - | - | - | - | - |"
-    return (
-        f"| {row['program']} | {row['seeds']} | {row['seconds_per_seed']:.3f} | {row['single_seconds']:.3f} |"
-        f" {_spread(row)} | {row['ratio'] * row['seeds']:.1f} | {row['bytes'] / 1e9:.2f} |"
-        f" {row['utilisation']:.0%} ({row['single_utilisation']:.0%}) |"
-        f" {row['trace_seconds'] + row['compile_seconds']:.1f} |"
-    )
+        return cells | {"s a seed": row["lacking"]}
+    return cells | {
+        "s a seed": f"{row['seconds_per_seed']:.3f}",
+        "one alone, s": f"{row['single_seconds']:.3f}",
+        "a seed, in single ones (quartiles)": _spread(row),
+        "all, in single ones": f"{row['ratio'] * row['seeds']:.1f}",
+        "peak GB": f"{row['bytes'] / 1e9:.2f}",
+        "utilisation (alone)": f"{row['utilisation']:.0%} ({row['single_utilisation']:.0%})",
+        "compile, s": f"{row['trace_seconds'] + row['compile_seconds']:.1f}",
+    }
 
 
 def _spread(row: Mapping[str, Any]) -> str:

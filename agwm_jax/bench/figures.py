@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agwm_jax.report.style import INK, Look, headline, looks, save
+from agwm_jax.report.table import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,19 +41,13 @@ def write_markdown(rows: Sequence[Row], path: Path) -> str:
             found = [row for row in own if row["quantity"] == quantity]
             line[f"{quantity} (steps)"] = f"{_mean(r['value'] for r in found)} ({found[0]['step']})"
         searched.append(line)
-    text = f"{_table(compared)}\n{_reading(points, anchors)}\n{_table(searched)}"
+    text = f"{markdown_table(compared)}\n{_reading(points, anchors)}\n{markdown_table(searched)}"
     path.write_text(text)
     return text
 
 
 def _names(rows: Sequence[Row], part: str) -> list[str]:
     return list(dict.fromkeys(row["estimator"] for row in rows if row["part"] == part))
-
-
-def _table(lines: Sequence[dict[str, str]]) -> str:
-    head = list(lines[0])
-    table = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    return "\n".join([*table, *(f"| {' | '.join(line.values())} |" for line in lines), ""])
 
 
 def _reading(points: Sequence[Row], anchors: Sequence[float]) -> str:
@@ -83,7 +78,7 @@ def write_figures(rows: Sequence[Row], folder: Path) -> list[Path]:
 def _frontier(figure: "Figure", rows: Sequence[Row]) -> None:
     analytic = [row for row in rows if row["part"] == "analytic"]
     problems = list(dict.fromkeys(row["problem"] for row in analytic))
-    names = list(dict.fromkeys(_family(row) for row in rows if row["part"] in ("analytic", "cost")))
+    names = list(dict.fromkeys(_family(row["estimator"]) for row in rows if row["part"] in ("analytic", "cost")))
     look = looks(names, baseline=names[0])
     panels = figure.subplots(1, len(problems) + 1)
     for axes, problem in zip(panels, problems, strict=False):
@@ -92,7 +87,7 @@ def _frontier(figure: "Figure", rows: Sequence[Row]) -> None:
             if row["problem"] == problem:
                 curves[row["estimator"]].append((row["fb"], max(row["value"], 1e-9)))
         for name, curve in curves.items():
-            own = look[name.partition(",")[0].partition(" ")[0]]
+            own = look[_family(name)]
             line = "none" if name == "penalty" else ":" if "differences" in name else "-"
             label = f"{name} (weights 1 to 1000)" if name == "penalty" else name
             axes.plot(*zip(*curve, strict=True), color=own.color, marker=own.marker, ls=line, ms=5, lw=1.4, label=label)
@@ -111,7 +106,7 @@ def _model_panel(axes: Any, rows: Sequence[Row], look: dict[str, Look]) -> None:
         found = [r for r in points if r["estimator"] == row["estimator"] and r["anchor"] == anchor]
         cosines = [r["value"] for r in found if r["quantity"] == "response cosine"]
         if cosines:
-            placed.append((float(np.median(cosines)), row["value"], row["estimator"], look[_family(row)]))
+            placed.append((float(np.median(cosines)), row["value"], row["estimator"], look[_family(row["estimator"])]))
     right, low = 1.15 * max(fb for _, fb, _, _ in placed), -np.inf
     for cosine, fb, name, own in sorted(placed, key=lambda each: each[:3]):
         low = max(cosine, low + 0.05)  # names stand in a column, none upon another
@@ -148,8 +143,8 @@ def _heat(figure: "Figure", rows: Sequence[Row], names: Sequence[str]) -> None:
     headline(figure, "Cosine of each hypergradient with the reference (1, blue: same direction; -1, red: opposite)")
 
 
-def _family(row: Row) -> str:
-    return row["estimator"].partition(",")[0].partition(" ")[0]
+def _family(estimator: str) -> str:
+    return estimator.partition(",")[0].partition(" ")[0]
 
 
 def _median(rows: Iterable[Row], quantity: str, anchor: float) -> str:

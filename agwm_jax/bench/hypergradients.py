@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from agwm_jax.bench.search import Program, Setting, compile_step
 from agwm_jax.core.estimators.base import Estimator
@@ -167,7 +168,7 @@ def search_losses(
 
 
 def _flat(tree) -> np.ndarray:
-    return np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
 
 
 def _norm(x: np.ndarray) -> float:

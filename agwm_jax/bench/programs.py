@@ -11,7 +11,7 @@ from agwm_jax.bench.timing import Program, threads
 from agwm_jax.core.types import Params
 from agwm_jax.engine.lanes import each_lane
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.interface import METHODS, Context, Method, Setup
+from agwm_jax.methods.interface import METHODS, Context, Method, Phase, Setup
 from agwm_jax.methods.optimizers import OptimizerSettings
 from agwm_jax.methods.training import Finetune
 from agwm_jax.models.family import FAMILIES, Options, build_model, fresh_params
@@ -133,22 +133,18 @@ def programs(
 
 def _program(fused: Prepared, plain: Prepared, timed: TimedStep, shape: Shape) -> Program:
     key = jax.random.key(0)
-    steps, state, context, data = [], None, None, None
-    for prepared in (fused, plain):
-        built = method(prepared, timed.settings)
-        (phase,) = (phase for phase in built.phases if phase.name == timed.phase)
+    built = [method(prepared, timed.settings) for prepared in (fused, plain)]
+    phase, counted = (next(phase for phase in each.phases if phase.name == timed.phase) for each in built)
 
-        def step(state, context, batches, phase=phase):
-            return phase.step(state, context, batches, key, jnp.int32(0))
+    def step_of(phase: Phase):
+        return lambda state, context, batches: phase.step(state, context, batches, key, jnp.int32(0))
 
-        steps.append(step)
-        if state is None:
-            initial = built.init(fused.params, key)
-            context = Context(fused.params, initial, initial)
-            state = jax.jit(phase.start)(context, key)
-            rows = {name: plan[0].shape for name, plan in phase.plan.items()}
-            data = {name: texts(number, rows[name], shape.length) for number, name in enumerate(sorted(rows))}
-    return Program(steps[0], steps[1], state, context, data, float(timed.fb))
+    initial = built[0].init(fused.params, key)
+    context = Context(fused.params, initial, initial)
+    state = jax.jit(phase.start)(context, key)
+    plans = enumerate(sorted(phase.plan.items()))
+    data = {name: texts(number, plan[0].shape, shape.length) for number, (name, plan) in plans}
+    return Program(step_of(phase), step_of(counted), state, context, data, float(timed.fb))
 
 
 def _side_by_side(one: Program, single: str, shape: Shape, seeds: int) -> Program:

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from agwm_jax.engine.lanes import Lanes, Programs
 from agwm_jax.engine.memory import stage_bytes
 from agwm_jax.engine.sharding import make_placement
 from agwm_jax.models.family import Options
+from agwm_jax.report.table import markdown_table
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1}
@@ -47,37 +49,22 @@ def rows(
         meshes: arguments of `make_placement` but for `seed`, by name; of devices that JAX has, real or fake.
         options: how the models compute.
     """
-    for model, shape in models.items():
-        for name, settings in methods.items():
-            for mesh, sizes in meshes.items():
-                yield _row(model, name, mesh, shape, settings, sizes, options)
-
-
-def _row(
-    model: str,
-    name: str,
-    mesh: str,
-    shape: Shape,
-    settings: Mapping[str, Any],
-    sizes: Mapping[str, Any],
-    options: Options,
-) -> Row:
-    prepared = prepare(shape, options, abstract=True)
-    built = method(prepared, settings)
-    examples = prepared.setup.num_examples
-    columns = {key: np.zeros((examples, shape.length), np.int32) for key in ("input_ids", "attention_mask")}
-    data = {**columns, "labels": np.zeros(examples, np.int32)}
-    member = Member(0, built, prepared.params, data, jax.random.key(0))
-    placement = make_placement(seed=1, **sizes)
-    began = time.perf_counter()
-    with jax.set_mesh(placement.mesh):
-        group, programs = Group([member], Layout(placement), prepared.model.weights), Programs()
-        found = [(stage_bytes(group, number, programs, 1)[0], number) for number in range(len(group.stages))]
-        most, number = max(found)
-        lanes = Lanes(group, number)
-        text = lanes.compile(programs, 1).advance.as_text()  # type: ignore[attr-defined]
-    seconds = time.perf_counter() - began
-    return Row(model, name, mesh, lanes.name, most / 1e9, _exchanged(text), seconds)
+    for (model, shape), (name, settings), (mesh, sizes) in product(models.items(), methods.items(), meshes.items()):
+        prepared = prepare(shape, options, abstract=True)
+        built = method(prepared, settings)
+        examples = prepared.setup.num_examples
+        columns = {key: np.zeros((examples, shape.length), np.int32) for key in ("input_ids", "attention_mask")}
+        data = {**columns, "labels": np.zeros(examples, np.int32)}
+        member = Member(0, built, prepared.params, data, jax.random.key(0))
+        placement = make_placement(seed=1, **sizes)
+        began = time.perf_counter()
+        with jax.set_mesh(placement.mesh):
+            group, programs = Group([member], Layout(placement), prepared.model.weights), Programs()
+            found = [(stage_bytes(group, number, programs, 1)[0], number) for number in range(len(group.stages))]
+            most, number = max(found)
+            lanes = Lanes(group, number)
+            text = lanes.compile(programs, 1).advance.as_text()  # type: ignore[attr-defined]
+        yield Row(model, name, mesh, lanes.name, most / 1e9, _exchanged(text), time.perf_counter() - began)
 
 
 def _exchanged(text: str) -> dict[str, float]:
@@ -99,9 +86,8 @@ def _exchanged(text: str) -> dict[str, float]:
 
 def markdown(found: Sequence[Row]) -> str:
     """A table of memory: a row a model and method, a column a mesh."""
-    meshes = list(dict.fromkeys(row.mesh for row in found))
-    lines = [f"| model, method | {' | '.join(meshes)} |", f"| --- |{' ---: |' * len(meshes)}"]
-    for model, name in dict.fromkeys((row.model, row.method) for row in found):
-        cells = {row.mesh: row.gigabytes for row in found if (row.model, row.method) == (model, name)}
-        lines.append(f"| {model}, {name} | {' | '.join(f'{cells[mesh]:.3g}' for mesh in meshes)} |")
-    return "\n".join([*lines, ""])
+    cells: dict[str, dict[str, str]] = {}
+    for row in found:
+        name = f"{row.model}, {row.method}"
+        cells.setdefault(name, {"model, method": name})[row.mesh] = f"{row.gigabytes:.3g}"
+    return markdown_table(list(cells.values()))

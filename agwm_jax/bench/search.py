@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from agwm_jax.bench.timing import peak_bytes
 from agwm_jax.core.bilevel import BilevelState, bilevel
 from agwm_jax.core.cost import matmul_flops
 from agwm_jax.core.estimators.base import Estimator
 from agwm_jax.core.inner import InnerState
 from agwm_jax.core.types import Params, Problem
 from agwm_jax.engine.batches import gather
-from agwm_jax.engine.lanes import compiler_options
+from agwm_jax.engine.lanes import compiler_options, peak_bytes
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Setup
 from agwm_jax.methods.mixup import Mixture

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from agwm_jax.core.cost import matmul_flops
-from agwm_jax.engine.lanes import compiler_options
+from agwm_jax.engine.lanes import compiler_options, peak_bytes
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
@@ -76,13 +76,6 @@ def compile_twice(program: Program) -> Compiled:
     )
 
 
-def peak_bytes(compiled: Any) -> int:
-    """What one device holds while the program runs, by the compiler's own account."""
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return held - memory.alias_size_in_bytes
-
-
 def measure(
     compiled: Mapping[str, Compiled], states: dict[str, Any], others: Mapping[str, Callable[[], None]], rounds: int
 ) -> dict[str, np.ndarray]:
@@ -112,6 +105,11 @@ def matrix_product(dtype: str) -> tuple[Callable[[], None], int]:
     x = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
     product = jax.jit(lambda x: x @ x).lower(x).compile()
     return lambda: jax.block_until_ready(product(x)), 2 * n**3
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def threads() -> int:

@@ -4,13 +4,13 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 
 from agwm_jax.data.files import Table, check_columns, read_table
-from agwm_jax.data.tasks import Task, check_training_labels
+from agwm_jax.data.tasks import Task
 from agwm_jax.data.wording import label_text, listed, normal_form, quoted
 from agwm_jax.errors import AgwmError
 
@@ -114,7 +114,7 @@ def class_labels(table: Table, column: str, label_names: Sequence[str]) -> list[
         index = class_of(value)
         if index is None:
             alike = [name for name in label_names if _plain(name) == _plain(label_text(value))]
-            hint = f"; {listed(alike)} differs in spaces or case alone" if alike else _hint_at_scores(label_names)
+            hint = f"; {listed(alike)} differs in spaces or case alone" if alike else hint_at_scores(label_names)
             raise AgwmError(
                 f"{table.place(row)}: the label {quoted(value)} is none of the {len(label_names)} classes "
                 f"({listed(label_names)}){hint}."
@@ -123,7 +123,7 @@ def class_labels(table: Table, column: str, label_names: Sequence[str]) -> list[
     return labels
 
 
-def _hint_at_scores(label_names: Sequence[str]) -> str:
+def hint_at_scores(label_names: Sequence[str]) -> str:
     """What to add where many classes are decimal numbers."""
     numbers = all(map(_NUMBER.fullmatch, label_names)) and not all(map(_INTEGER.fullmatch, label_names))
     if not numbers or len(label_names) <= _MANY_DECIMALS:
@@ -150,38 +150,6 @@ def labelled(
     (column,) = check_columns(list(table.columns), (label_column,), table.source)
     labels: list[Any] = scores(table, column) if kind == "regression" else class_labels(table, column, label_names)
     return datasets.Dataset.from_dict({**texts(table, text_columns), "label": labels})
-
-
-def normalise(
-    tables: Mapping[str, Table],
-    *,
-    text_columns: Sequence[str],
-    label_column: str,
-    kind: str,
-    label_names: Sequence[str] | None,
-    group_column: str | None,
-) -> tuple[dict[str, datasets.Dataset], tuple[str, ...]]:
-    """Data sets with columns text, (text_pair), label, (group), and the class names (none for regression).
-
-    Raises:
-      AgwmError: a column is missing, a text or label is missing or unusable, or the training labels are all the same.
-    """
-    train = tables["train"]
-    names: tuple[str, ...] = ()
-    if kind == "classification":
-        (column,) = check_columns(list(train.columns), (label_column,), train.source)
-        names = tuple(label_names) if label_names else find_label_names(train, column)
-    splits = {}
-    for split, table in tables.items():
-        splits[split] = labelled(table, text_columns, label_column, kind=kind, label_names=names)
-        if group_column:
-            (column,) = check_columns(list(table.columns), (group_column,), table.source)
-            groups = [normal_form(str(value)) for value in table.columns[column]]
-            splits[split] = splits[split].add_column("group", groups)
-    check_training_labels(splits["train"]["label"], kind, names, train.source)
-    if not label_names and _hint_at_scores(names):
-        warnings.warn(f"{train.source}: {len(names)} classes{_hint_at_scores(names)}.", stacklevel=2)
-    return splits, names
 
 
 def read_labelled(

@@ -28,14 +28,12 @@ class EncodingReport(NamedTuple):
       longest: tokens of the longest example before truncation.
       truncated: how many examples had more than `length` tokens and were cut.
       examples: n.
-      padding: share of the n * t tokens that is padding.
     """
 
     length: int
     longest: int
     truncated: int
     examples: int
-    padding: float
 
     def warning(self, what: str) -> str | None:
         """A sentence about the share of texts that were cut, None where none was; `what` names the split or file."""
@@ -135,8 +133,7 @@ def _pad(tokens: _Tokens, length: int, rows: np.ndarray | None = None) -> tuple[
             for place, short in zip(long, cut[name] if long.size else (), strict=True):
                 ids[place] = short
             arrays[name][mask] = np.concatenate(ids)
-    report = EncodingReport(length, int(lengths.max()), long.size, len(rows), float(1 - mask.mean()))
-    return arrays, report
+    return arrays, EncodingReport(length, int(lengths.max()), long.size, len(rows))
 
 
 def _labels(split: datasets.Dataset, kind: str, scale: LabelScale | None) -> np.ndarray:

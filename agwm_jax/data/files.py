@@ -185,16 +185,6 @@ def _read_parquet(path: Path) -> Table:
     return Table.of(str(path), rows)
 
 
-_READERS: dict[str, Callable[[Path, str], Table]] = {
-    ".jsonl": lambda path, _: _read_jsonl(path),
-    ".ndjson": lambda path, _: _read_jsonl(path),
-    ".json": lambda path, _: _read_jsonl(path),
-    ".csv": _read_separated,
-    ".tsv": lambda path, _: _read_separated(path, "\t"),
-    ".parquet": lambda path, _: _read_parquet(path),
-}
-
-
 def read_table(file: str | os.PathLike[str], *, separator: str = ",") -> Table:
     """Read a table by the extension of its name.
 
@@ -212,7 +202,8 @@ def read_table(file: str | os.PathLike[str], *, separator: str = ",") -> Table:
     path = Path(file)
     if path.is_dir():
         raise AgwmError(f"{path} is a folder, a file was expected.")
-    return _READERS[check_extension(path)](path, separator)
+    read, _ = _FORMATS[check_extension(path)]
+    return read(path, separator)
 
 
 def check_columns(there: Sequence[str], wanted: Sequence[str], source: str) -> list[str]:
@@ -234,8 +225,8 @@ def check_extension(file: str | os.PathLike[str]) -> str:
     """The lower-cased extension of a table's name, or an error that lists those that can be read and written."""
     path = Path(file)
     extension = path.suffix.lower()
-    if extension not in _READERS:
-        raise AgwmError(f"{path}: the extension {extension!r} is none of {', '.join(_READERS)}.")
+    if extension not in _FORMATS:
+        raise AgwmError(f"{path}: the extension {extension!r} is none of {', '.join(_FORMATS)}.")
     return extension
 
 
@@ -275,14 +266,17 @@ def _parquet_bytes(columns: dict[str, list[Any]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-_WRITERS: dict[str, Callable[[dict[str, list[Any]]], bytes]] = {
-    ".jsonl": _jsonl_bytes,
-    ".ndjson": _jsonl_bytes,
-    ".json": _jsonl_bytes,
-    ".csv": _csv_bytes,
-    ".tsv": _tsv_bytes,
-    ".parquet": _parquet_bytes,
+Format = tuple[Callable[[Path, str], Table], Callable[[dict[str, list[Any]]], bytes]]
+_JSONL: Format = (lambda path, _: _read_jsonl(path)), _jsonl_bytes
+_FORMATS: dict[str, Format] = {
+    ".jsonl": _JSONL,
+    ".ndjson": _JSONL,
+    ".json": _JSONL,
+    ".csv": (_read_separated, _csv_bytes),
+    ".tsv": ((lambda path, _: _read_separated(path, "\t")), _tsv_bytes),
+    ".parquet": ((lambda path, _: _read_parquet(path)), _parquet_bytes),
 }
+"""How a table is read, given the separator of a .csv file, and written, by extension."""
 
 
 def write_table(file: str | os.PathLike[str], columns: dict[str, list[Any]]) -> None:
@@ -292,7 +286,8 @@ def write_table(file: str | os.PathLike[str], columns: dict[str, list[Any]]) -> 
       AgwmError: unknown extension, a value that the format cannot hold, a folder that is missing, full or read-only.
     """
     path = Path(file)
-    content = _WRITERS[check_extension(path)](columns)
+    _, to_bytes = _FORMATS[check_extension(path)]
+    content = to_bytes(columns)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)

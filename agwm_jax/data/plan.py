@@ -11,8 +11,6 @@ PADDING = -1  # marks the rows that fill a short batch; they have weight 0
 
 
 def _check(n: int, batch_size: int, what: str) -> None:
-    if batch_size < 1:
-        raise AgwmError(f"batch_size is {batch_size}: give 1 or more.")
     if n < batch_size:
         raise AgwmError(
             f"The {what} has {n} examples, fewer than one batch of {batch_size}: "
@@ -27,10 +25,12 @@ def _pass(indices: Int[np.ndarray, "n"], batch_size: int) -> Int32[np.ndarray, "
     return plan.reshape(steps, batch_size)
 
 
-def _passes(
-    indices: Int[np.ndarray, "n"], batch_size: int, passes: int, rng: np.random.Generator
+def _batches(
+    indices: Int[np.ndarray, "n"], batch_size: int, steps: int, rng: np.random.Generator
 ) -> Int32[np.ndarray, "steps b"]:
-    return np.concatenate([_pass(rng.permutation(indices), batch_size) for _ in range(passes)])
+    """Batches of as many shuffled passes as they need."""
+    passes = math.ceil(steps / math.ceil(len(indices) / batch_size))
+    return np.concatenate([_pass(rng.permutation(indices), batch_size) for _ in range(passes)])[:steps]
 
 
 def epoch_plan(
@@ -62,11 +62,8 @@ def epoch_plan(
     (6, 2)
     """
     _check(len(indices), batch_size, what)
-    if epochs < 1:
-        raise AgwmError(f"epochs is {epochs}: give 1 or more.")
     steps = max(epochs * math.ceil(len(indices) / batch_size), min_steps)
-    passes = math.ceil(steps / math.ceil(len(indices) / batch_size))
-    return _passes(np.asarray(indices), batch_size, passes, rng)[:steps]
+    return _batches(indices, batch_size, steps, rng)
 
 
 def evaluation_plan(n: int, *, batch_size: int) -> Int32[np.ndarray, "steps b"]:
@@ -77,7 +74,6 @@ def evaluation_plan(n: int, *, batch_size: int) -> Int32[np.ndarray, "steps b"]:
     """
     if n < 1:
         raise AgwmError("There are no examples to evaluate.")
-    _check(batch_size, batch_size, "evaluation set")
     return _pass(np.arange(n), batch_size)
 
 
@@ -156,14 +152,6 @@ def search_plan(
     """
     _check(len(train), batch_size, "training split of the search")
     _check(len(validation), batch_size, "validation split of the search")
-    if inner_steps < 1 or epochs < 1:
-        raise AgwmError(f"inner_steps is {inner_steps} and epochs is {epochs}: give 1 or more of each.")
-    inner = _passes(np.asarray(train), batch_size, epochs, rng)
-    steps = max(math.ceil(len(inner) / inner_steps), min_steps)
-    missing = steps * inner_steps - len(inner)
-    while missing > 0:
-        extra = _passes(np.asarray(train), batch_size, 1, rng)[:missing]
-        inner, missing = np.concatenate([inner, extra]), missing - len(extra)
-    a_pass = math.ceil(len(validation) / batch_size)
-    outer = _passes(np.asarray(validation), batch_size, math.ceil(steps / a_pass), rng)[:steps]
-    return inner.reshape(steps, inner_steps, batch_size), outer
+    steps = max(math.ceil(epochs * math.ceil(len(train) / batch_size) / inner_steps), min_steps)
+    inner = _batches(train, batch_size, steps * inner_steps, rng)
+    return inner.reshape(steps, inner_steps, batch_size), _batches(validation, batch_size, steps, rng)

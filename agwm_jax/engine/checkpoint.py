@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 
 from agwm_jax.engine import processes
+from agwm_jax.engine.processes import first_line
 from agwm_jax.errors import AgwmError
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Checkpoints:
 
     def _not_written(self, error: Exception) -> AgwmError:
         return processes.lost(error) or AgwmError(
-            f"could not write a checkpoint to {self._folder} ({_first_line(error)}); earlier checkpoints are kept: "
+            f"could not write a checkpoint to {self._folder} ({first_line(error)}); earlier checkpoints are kept: "
             "free disk space or choose another --run.output, then run the same command to continue."
         )
 
@@ -179,7 +180,7 @@ class Checkpoints:
 
     def _unreadable(self, step: int, error: Exception) -> AgwmError:
         return AgwmError(
-            f"checkpoint {self._folder / str(step)} is whole but cannot be read ({_first_line(error)}); was it written "
+            f"checkpoint {self._folder / str(step)} is whole but cannot be read ({first_line(error)}); was it written "
             "by another version? Continue with that version, or choose another --run.output."
         )
 
@@ -250,7 +251,3 @@ def _plainly_named(folder: Path):
 def _lanes(position: Position) -> str:
     seeds = "seed " + str(position.seeds[0]) if len(position.seeds) == 1 else f"seeds {position.seeds} side by side"
     return seeds + (", all splits at once" if position.together else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,5 +1,6 @@
 """Lanes: the phases of one stage, of all members of a group, as one compiled program."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
@@ -30,13 +31,12 @@ class Program(NamedTuple):
     """Spent compiling it."""
 
 
+@dataclasses.dataclass
 class Programs:
     """What has been traced and compiled for runs that differ in their seeds only: groups of one size share it."""
 
-    def __init__(self):
-        """Nothing yet."""
-        self.needs: dict[Layout, Needs] = {}
-        self.compiled: dict[Any, Program] = {}
+    needs: dict[Layout, Needs] = dataclasses.field(default_factory=dict)
+    compiled: dict[Any, Program] = dataclasses.field(default_factory=dict)
 
 
 class Lanes:
@@ -48,7 +48,6 @@ class Lanes:
     """
 
     def __init__(self, group: Group, number: int):
-        """Lay out the lanes; nothing is computed yet."""
         self.stage, self.needs = group.stages[number], group.needs.stages[number]
         self._group, self._number = group, number
         self._count = len(group.members) * len(self.stage)
@@ -138,7 +137,7 @@ class Lanes:
         where = (jax.tree.map(lambda x: x.sharding, self.state), whole, whole)
         jitted = jax.jit(advance, donate_argnums=0, out_shardings=where)
         compiled = jitted.lower(*arguments, 0, 1).compile(compiler_options())
-        return Program(compiled, _num_bytes(compiled), time.perf_counter() - began)
+        return Program(compiled, peak_bytes(compiled), time.perf_counter() - began)
 
     def _step(self, state, held, data, plan, key, step):
         """One step of one lane."""
@@ -235,9 +234,10 @@ def _all_finite(tree) -> Array:
     return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all() if floats else jnp.array(True)
 
 
-def _num_bytes(compiled) -> int:
+def peak_bytes(compiled: Any) -> int:
+    """What one device holds while a program runs, as the compiler counts it; 0 where a backend does not count."""
     found = compiled.memory_analysis()
-    if found is None:  # a backend that does not count
+    if found is None:
         return 0
     kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return int(kept + found.temp_size_in_bytes)

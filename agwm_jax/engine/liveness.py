@@ -1,10 +1,11 @@
 """What a function reads of its arguments, and which of its results are an argument as it came."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
+from jax.interpreters import partial_eval
 
 
 class Dependence(NamedTuple):
@@ -26,8 +27,7 @@ class Dependence(NamedTuple):
 def dependence(fn: Callable[..., Any], *args: Any, by_name: bool = False) -> Dependence:
     """Trace `fn` for arguments of these shapes; with `by_name`, to pass an argument on as it came does not read it.
 
-    What only dead code reads is not read, also within a function that is jitted by itself; of a loop or a branch all
-    that goes in is.
+    What only dead code reads is not read, also within a function that is jitted by itself, or in a loop.
 
     >>> import jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((2,), jnp.float32)
@@ -38,16 +38,5 @@ def dependence(fn: Callable[..., Any], *args: Any, by_name: bool = False) -> Dep
     jaxpr = closed.jaxpr
     places = {var: place for place, var in enumerate(jaxpr.invars)}
     passes = tuple(places.get(var) if isinstance(var, Var) else None for var in jaxpr.outvars)
-    return Dependence(_read(jaxpr, [place is None or not by_name for place in passes]), passes, result, closed)
-
-
-def _read(jaxpr: Jaxpr, wanted: Sequence[bool]) -> tuple[bool, ...]:
-    live = {var for var, is_wanted in zip(jaxpr.outvars, wanted, strict=True) if is_wanted and isinstance(var, Var)}
-    for eqn in reversed(jaxpr.eqns):
-        made = [var in live for var in eqn.outvars]
-        if not any(made) and not eqn.effects:
-            continue
-        inner = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit") else None
-        used = [True] * len(eqn.invars) if inner is None else _read(inner.jaxpr, made)
-        live |= {var for var, is_used in zip(eqn.invars, used, strict=True) if is_used and isinstance(var, Var)}
-    return tuple(var in live for var in jaxpr.invars)
+    _, reads = partial_eval.dce_jaxpr(jaxpr, [place is None or not by_name for place in passes])
+    return Dependence(tuple(reads), passes, result, closed)

@@ -73,18 +73,10 @@ def fit(
         AgwmError: the checkpoint is one of other seeds.
         Interrupted: on SIGINT or SIGTERM, after saving if there are checkpoints.
     """
-    with jax.set_mesh(layout.placement.mesh), _deferred_signals() as interrupted:
-        return _Fit(
-            members,
-            weights,
-            layout,
-            observer,
-            checkpoints,
-            chunk_steps,
-            60 * checkpoint_minutes,
-            programs or Programs(),
-            interrupted,
-        ).run()
+    programs = programs or Programs()
+    run = _Fit(members, weights, layout, observer, checkpoints, chunk_steps, 60 * checkpoint_minutes, programs)
+    with jax.set_mesh(layout.placement.mesh), _deferred_signals() as run.interrupted:
+        return run.run()
 
 
 class _Chunk(NamedTuple):
@@ -99,6 +91,8 @@ class _Chunk(NamedTuple):
 class _Fit:
     """A group in progress."""
 
+    interrupted: threading.Event
+
     def __init__(
         self,
         members: Sequence[Member],
@@ -109,11 +103,10 @@ class _Fit:
         chunk_steps: int,
         checkpoint_seconds: float,
         programs: Programs,
-        interrupted: threading.Event,
     ):
         self.group = Group(members, layout, weights, programs.needs.get(layout))
         programs.needs[layout] = self.group.needs
-        self.observer, self.checkpoints, self.programs, self.interrupted = observer, checkpoints, programs, interrupted
+        self.observer, self.checkpoints, self.programs = observer, checkpoints, programs
         self.chunk_steps, self.checkpoint_seconds = chunk_steps, checkpoint_seconds
         phases = members[0].method.phases
         ends = np.cumsum([phase.num_steps for phase in phases]).tolist()

@@ -105,7 +105,7 @@ def find_needs(method: Method, weights: Shaped, data: Shaped, stages: Sequence[S
     sources = _named(pretrained, PRETRAINED)
     init = dependence(method.init, pretrained, random, by_name=True)
     initial = learnt = _results(init, (sources, ""), INITIAL)
-    shapes = dict(zip(_leaves((sources, initial)), _leaves((pretrained, init.result)), strict=True))
+    shapes = dict(zip(jax.tree.leaves((sources, initial)), jax.tree.leaves((pretrained, init.result)), strict=True))
     learnt_shapes, found = init.result, []
     steps: dict[Any, Dependence] = {}
     for number, stage in enumerate(stages):
@@ -130,7 +130,7 @@ def find_needs(method: Method, weights: Shaped, data: Shaped, stages: Sequence[S
                 step,
             )
         )
-        shapes |= dict(zip(_leaves(learnt), _leaves(finish.result), strict=True))
+        shapes |= dict(zip(jax.tree.leaves(learnt), jax.tree.leaves(finish.result), strict=True))
         learnt_shapes = finish.result
     return Needs(shapes, _keys_read(init, (sources, "")), initial, tuple(found))
 
@@ -163,10 +163,6 @@ def _abstract(x) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jax.dtypes.canonicalize_dtype(x.dtype))
 
 
-def _leaves(tree) -> list[Any]:
-    return jax.tree.leaves(tree)
-
-
 def _named(tree, prefix: str) -> Any:
     def name(path, _) -> Key:
         return f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
@@ -175,12 +171,12 @@ def _named(tree, prefix: str) -> Any:
 
 
 def _keys_read(found: Dependence, named_args: Any) -> frozenset[Key]:
-    return frozenset(key for key, read in zip(_leaves(named_args), found.reads, strict=True) if read and key)
+    return frozenset(key for key, read in zip(jax.tree.leaves(named_args), found.reads, strict=True) if read and key)
 
 
 def _results(found: Dependence, named_args: Any, prefix: str) -> Any:
     """A key for every leaf of a function's result."""
-    given = _leaves(named_args)
+    given = jax.tree.leaves(named_args)
     own, structure = jax.tree.flatten(_named(found.result, prefix))
     names = [key if at is None else given[at] or key for key, at in zip(own, found.passes, strict=True)]
     return jax.tree.unflatten(structure, names)

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from agwm_jax.methods.interface import Phase
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """What the loop tells; members are counted from 0, in the order that they were given."""
+class Observer:
+    """What the loop tells; a base that does nothing. Members are counted from 0, in the order that they were given."""
 
     def resume(self, lies_before: Callable[[str, int], bool]) -> None:
         """The loop begins, or goes on: ``lies_before(phase, step)`` tells which steps are not taken again."""
@@ -41,7 +40,7 @@ def records_of(phase: Phase, infos: Sequence[Mapping[str, float]], *, step: int,
     ]
 
 
-class InMemory:
+class InMemory(Observer):
     """Keeps the records of every member, and says nothing.
 
     Args:
@@ -49,25 +48,16 @@ class InMemory:
     """
 
     def __init__(self, num_members: int):
-        """Nothing was told yet."""
         self.records: list[list[dict[str, Any]]] = [[] for _ in range(num_members)]
-        self.diverged: dict[int, str] = {}
         self.said: list[str] = []
 
     def resume(self, lies_before: Callable[[str, int], bool]) -> None:
         """Forget the steps that are taken again."""
         self.records = [[one for one in own if lies_before(one["phase"], one["step"])] for own in self.records]
 
-    def begin(self, stage: str, *, step: int, num_steps: int) -> None:
-        """Nothing to keep."""
-
     def chunk(self, member: int, phase: Phase, infos: Sequence[Mapping[str, float]], *, step: int, offset: int) -> None:
         """Keep the records."""
         self.records[member] += records_of(phase, infos, step=step, offset=offset)
-
-    def give_up(self, member: int, sentence: str) -> None:
-        """Keep the sentence."""
-        self.diverged[member] = sentence
 
     def say(self, text: str) -> None:
         """Keep the line."""

@@ -72,7 +72,7 @@ def connect(launch: Launch) -> None:
     except (RuntimeError, ValueError, TypeError) as error:
         what = "no cluster was recognised" if address is None else f"{address} was not reached"
         raise AgwmError(
-            f"--coordinator {launch.coordinator}: {what} ({_first_line(error)}); check that all processes were "
+            f"--coordinator {launch.coordinator}: {what} ({first_line(error)}); check that all processes were "
             "started, with one address and one number of processes, and that the port is free."
         ) from error
 
@@ -142,7 +142,7 @@ def lost(error: BaseException) -> AgwmError | None:
         return None
     return AgwmError(
         f"process {jax.process_index()} of {jax.process_count()}: another process of this run died or cannot be "
-        f"reached ({_first_line(error)}); start the same command on all processes again, it continues at the last "
+        f"reached ({first_line(error)}); start the same command on all processes again, it continues at the last "
         "checkpoint."
     )
 
@@ -172,5 +172,6 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]

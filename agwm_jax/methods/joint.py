@@ -4,7 +4,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from agwm_jax.core.mixup import alpha_statistics, project_alpha
 from agwm_jax.methods.agwm import OuterOptimizer
 from agwm_jax.methods.interface import METHODS, Method, MethodSettings, Setup, Variables
 from agwm_jax.methods.mixup import ALPHA, Mixture, Mixup
@@ -37,7 +36,7 @@ class Joint(MethodSettings):
             return {TASK: task_weights(setup, pretrained), ALPHA: mixture.init_alpha(key, pretrained)}
 
         def project(trained: Variables) -> Variables:
-            return {**trained, ALPHA: project_alpha(trained[ALPHA])}
+            return {**trained, ALPHA: mixture.project(trained[ALPHA])}
 
         phase = training_phase(
             setup,
@@ -52,5 +51,5 @@ class Joint(MethodSettings):
             forward=mixture.forward,
             project=project,
         )
-        phase = phase._replace(monitor=lambda state: alpha_statistics(state.params[ALPHA]))
+        phase = phase._replace(monitor=lambda state: mixture.statistics(state.params[ALPHA]))
         return Method(init, ((phase,),), mixture.merge)

@@ -65,10 +65,11 @@ class ModelStock(MethodSettings):
             )
         order = setup.rng("parts").permutation(setup.num_examples).astype(np.int32)
         parts = order[: self.num_runs * size].reshape(self.num_runs, size)
-        options = {"batch_size": setup.batch_size, "epochs": setup.finetune.epochs}
+        rngs = [setup.rng(f"run-{index}") for index in range(self.num_runs)]
+        size, epochs = setup.batch_size, setup.finetune.epochs
         return [
-            {"train": epoch_plan(np.sort(part), **options, rng=setup.rng(f"run-{index}"))}
-            for index, part in enumerate(parts)
+            {"train": epoch_plan(np.sort(part), batch_size=size, epochs=epochs, rng=rng)}
+            for part, rng in zip(parts, rngs, strict=True)
         ]
 
 

@@ -22,16 +22,8 @@ class BertClassifier(EncoderClassifier):
     Source: Devlin et al., arXiv 1810.04805; layer by layer as in Hugging Face's BertForSequenceClassification.
     """
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        num_labels: int,
-        pooling: str = "cls",
-        options: Options = Options(),  # noqa: B008  # immutable
-        rngs: nnx.Rngs,
-    ) -> None:
-        super().__init__(config, num_labels=num_labels, pooling=pooling, options=options, rngs=rngs)
+    def __init__(self, config: BertConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
+        super().__init__(config, pooling=pooling, options=options, rngs=rngs)
         width, wide = config.hidden_size, options.wide
         if pooling == "cls":
             self.pooler = make_linear(config, options, wide, rngs, width, width)

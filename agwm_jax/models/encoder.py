@@ -165,16 +165,12 @@ class EncoderClassifier(nnx.Module):
 
     Args:
         config: shape and dropout rates.
-        num_labels: size of the head, c.
         pooling: "cls" (what `first` makes of the first token) or "mean" (mean over real tokens).
         options: how it computes.
         rngs: stream "params" for the initial weights.
     """
 
-    def __init__(
-        self, config: EncoderConfig, *, num_labels: int, pooling: str = "cls", options: Options, rngs: nnx.Rngs
-    ) -> None:
-        del num_labels
+    def __init__(self, config: EncoderConfig, *, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
         if pooling not in ("cls", "mean"):
             raise AgwmError(f"pooling is {pooling!r}, expected 'cls' or 'mean'.")
         self.embeddings = Embeddings(config, options=options, rngs=rngs)
@@ -222,7 +218,12 @@ class EncoderClassifier(nnx.Module):
         bias = jnp.where(mask != 0, 0.0, jnp.finfo(wide).min).astype(wide)
         types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids)))
         x = self.embeddings(embedded, self.positions(ids), types, key=embedding_key)
-        fuse = reverse_only and self._fused_refusal(mask.shape[-1], key) is None
+        fuse = reverse_only and self.options.fuse_attention
+        if fuse:
+            width = self.config.hidden_size // self.config.num_attention_heads
+            drops = key is not None and self.config.attention_probs_dropout_prob > 0
+            reason = fused_refusal(dtype=self.options.dtype, head_width=width, length=mask.shape[-1], dropout=drops)
+            fuse = reason is None
         x = self.encoder(x, bias, key=encoder_key, fuse=fuse)
         if self.pooling == "cls":
             return self.first(x[:, 0].astype(wide))
@@ -240,16 +241,6 @@ class EncoderClassifier(nnx.Module):
     @abc.abstractmethod
     def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
         """Of the head."""
-
-    def _fused_refusal(self, length: int, key: Key[Array, ""] | None) -> str | None:
-        if not self.options.fuse_attention:
-            return "fuse_attention is false"
-        return fused_refusal(
-            dtype=self.options.dtype,
-            head_width=self.config.hidden_size // self.config.num_attention_heads,
-            length=length,
-            dropout=key is not None and self.config.attention_probs_dropout_prob > 0,
-        )
 
 
 def make_linear(

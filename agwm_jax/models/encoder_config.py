@@ -72,25 +72,22 @@ class EncoderConfig:
         used = {name: values.get(name, default) for name, default in defaults.items()}
         faults += cls.faults({name: value for name, value in used.items() if name not in missing})
         _refuse(faults)
-        for name in (*_RATES, *_POSITIVE):
-            used[name] = None if used[name] is None else float(used[name])
         return cls(**used)
 
     @classmethod
     def faults(cls, values: Mapping[str, Any]) -> list[str]:
         """What is wrong with values, of which some may be missing; a family adds its own."""
+        values = {k: x for k, x in values.items() if k != "classifier_dropout" or x is not None}
         faults = [
-            f"{name} is {values[name]!r}, expected a whole number of at least 1"
-            for name in _COUNTS
-            if name in values and not is_whole(values[name], at_least=1)
+            f"{name} is {values[name]!r}, expected {expected}"
+            for names, fits, expected in (
+                (_COUNTS, lambda x: is_whole(x, at_least=1), "a whole number of at least 1"),
+                (_RATES, lambda x: _is_number(x) and 0 <= x < 1, "a number in [0, 1)"),
+                (_POSITIVE, lambda x: _is_number(x) and x > 0, "a number above 0"),
+            )
+            for name in names
+            if name in values and not fits(values[name])
         ]
-        for name in _RATES:
-            optional = name == "classifier_dropout" and values[name] is None
-            if not optional and not (_is_number(values[name]) and 0 <= values[name] < 1):
-                faults.append(f"{name} is {values[name]!r}, expected a number in [0, 1)")
-        for name in _POSITIVE:
-            if not (_is_number(values[name]) and values[name] > 0):
-                faults.append(f"{name} is {values[name]!r}, expected a number above 0")
         if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
             faults.append(f"hidden_act is {values['hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
         width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0)

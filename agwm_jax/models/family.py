@@ -1,7 +1,7 @@
 """What a model family is: its configuration, its module, and one row a weight; a file of its own registers each."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,26 +62,6 @@ Table = Mapping[str, Row]
 row then says all of a weight, and Flax's own annotations have no role, depth or name in the file."""
 
 
-class Config(Protocol):
-    """What the library reads of a family's configuration, a frozen dataclass or the like."""
-
-    initializer_range: float
-    """Standard deviation of fresh weights."""
-
-    @property
-    def max_length(self) -> int:
-        """Longest text in tokens."""
-        ...
-
-    def with_dropout(self, rate: float | None) -> "Config":
-        """The same with all dropout rates set to `rate`; None changes nothing."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """As config.json has it."""
-        ...
-
-
 class Family(NamedTuple):
     """Models of one layout. `module(config, num_labels=, pooling=, options=, rngs=)` makes an `nnx.Module` with
 
@@ -95,7 +75,9 @@ class Family(NamedTuple):
     model_types: Mapping[str, str]
     """Values of config.json's ``model_type`` -> what the names of transformers' classes start with."""
     read_config: Callable[[Mapping[str, Any]], Any]
-    """The configuration out of config.json's values; refuses all faults in one `AgwmError`."""
+    """The configuration out of config.json's values; refuses all faults in one `AgwmError`. The library reads its
+    `initializer_range` (standard deviation of fresh weights), `max_length` (longest text in tokens), `with_dropout`
+    (the same with all rates set; None changes nothing) and `to_dict` (as config.json has it)."""
     module: Callable[..., nnx.Module]
     table: Callable[[Any], Table]
     """Of a configuration."""

@@ -42,13 +42,13 @@ class Model(NamedTuple):
     def from_embedded(
         self,
         params: Effective,
-        embedded: Float[Array, "b t d"],
+        embedded: Float[Array, "n t d"],
         batch: Batch,
         *,
         key: Key[Array, ""] | None = None,
         reverse_only: bool = False,
     ) -> Float[Array, "b c"]:
-        """What `apply` makes of the word embeddings; equal keys are equal dropout."""
+        """What `apply` makes of the word embeddings (n is b, or what the model's own `embed` makes of b examples)."""
         features_key, head_key = (None, None) if key is None else jax.random.split(key)
         features = self.features(params, embedded, batch, key=features_key, reverse_only=reverse_only)
         return self.logits(params, features, key=head_key)

@@ -44,15 +44,9 @@ class RobertaClassifier(EncoderClassifier):
     """
 
     def __init__(
-        self,
-        config: RobertaConfig,
-        *,
-        num_labels: int,
-        pooling: str = "cls",
-        options: Options = Options(),  # noqa: B008  # immutable
-        rngs: nnx.Rngs,
+        self, config: RobertaConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs
     ) -> None:
-        super().__init__(config, num_labels=num_labels, pooling=pooling, options=options, rngs=rngs)
+        super().__init__(config, pooling=pooling, options=options, rngs=rngs)
         width, wide = config.hidden_size, options.wide
         self.classifier_dense = make_linear(config, options, wide, rngs, width, width)
         self.classifier = make_linear(config, options, wide, rngs, width, num_labels)

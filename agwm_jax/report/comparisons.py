@@ -1,7 +1,6 @@
 """Which runs may be compared: those of one task, model, training-set size and data settings, method by method."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from agwm_jax.report.runs import ReportWarning, Run, read_run
 # Settings that belong to a method name a variant of it; all others (but the bookkeeping) separate comparisons.
 _METHOD_SECTIONS = ("method", "finetune")
 _BOOKKEEPING = ("seed", "output", "run", "mesh")
-_IN_TITLE = ("task.name", "task", "task.train_size", "model.path", "model.name", "method", "method.name")
+_IN_TITLE = ("task.name", "task.train_size", "model.path", "method.name")
 
 
 class Comparison(NamedTuple):
@@ -67,7 +66,13 @@ def collect(paths: Iterable[Path], *, baseline: str = "vanilla") -> Collection:
     """
     paths = [Path(path) for path in paths]
     runs, warnings = [], []
-    for folder in _folders(paths):
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise AgwmError(f"{path} is not a folder: give run folders, or folders that hold run folders.")
+        for file in path.rglob("config.yaml"):
+            found.setdefault(file.parent.resolve(), file.parent)
+    for folder in sorted(found.values()):
         run = read_run(folder)
         if isinstance(run, ReportWarning):
             warnings.append(run)
@@ -88,17 +93,6 @@ def collect(paths: Iterable[Path], *, baseline: str = "vanilla") -> Collection:
         )
     finished, more = _usable(finished)
     return Collection(_compare(finished, baseline), unfinished, warnings + more)
-
-
-def _folders(paths: Sequence[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.is_dir():
-            raise AgwmError(f"{path} is not a folder: give run folders, or folders that hold run folders.")
-        for folder, _, names in os.walk(path):
-            if "config.yaml" in names:
-                found.setdefault(Path(folder).resolve(), Path(folder))
-    return sorted(found.values())
 
 
 def _usable(runs: Sequence[Run]) -> tuple[list[Run], list[ReportWarning]]:
@@ -142,9 +136,13 @@ def _compare(runs: Sequence[Run], baseline: str) -> list[Comparison]:
         stem = "".join(c if c.isalnum() else "_" for c in f"{task}-{size}")
         repeats = sum(each.slug.rsplit(".")[0] == stem for each in found)
         slug = f"{stem}.{repeats + 1}" if repeats else stem
-        result = members[0].result or {}
-        metric, split = str(result.get("metric", "score")), str(result.get("split", "?"))
-        found.append(Comparison(task, title, slug, metric, split, methods, _unequal(methods), baseline))
+        own = {name: _finetune(runs[0]) for name, runs in methods.items()}
+        unequal = {
+            key: {name: settings.get(key, "absent") for name, settings in own.items()}
+            for key in _differing(list(own.values()))
+        }
+        metric, split = (members[0].result.get(name, "?") for name in ("metric", "split"))
+        found.append(Comparison(task, title, slug, metric, split, methods, unequal, baseline))
     return found
 
 
@@ -159,12 +157,6 @@ def _variant_names(runs: Sequence[Run]) -> list[str]:
         text = ", ".join(f"{word} = {own.get(key, 'absent')}" for word, key in zip(words, keys, strict=True))
         names.append(f"{run.method} ({text})" if text else run.method)
     return names
-
-
-def _unequal(methods: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, str]]:
-    settings = {name: _finetune(runs[0]) for name, runs in methods.items()}
-    keys = _differing(list(settings.values()))
-    return {key: {name: own.get(key, "absent") for name, own in settings.items()} for key in keys}
 
 
 def _finetune(run: Run) -> dict[str, str]:

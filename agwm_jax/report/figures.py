@@ -2,7 +2,8 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,40 +33,34 @@ def write_figures(
     """
     look = looks(methods, baseline=baseline)
     main = max(data, key=lambda each: (bool(searched(each)), len(each.comparison.methods)))
-    path = save(output / "overview.png", 8.4, lambda figure: _overview(figure, main, look))
-    written: list[Written] = [("overview", path, None)]
     height = 4.2 if len(data) == 1 else 3.9 * math.ceil(len(data) / 2)
-    path = save(output / "scores.png", height, lambda figure: _scores(figure, data, look))
+    path = save(output / "overview.png", 8.4, partial(_overview, data=main, look=look))
+    written: list[Written] = [("overview", path, None)]
+    path = save(output / "scores.png", height, partial(_scores, data=data, look=look))
     written.append(("scores of every method, seed by seed", path, None))
     for each in data:
         end = ".png" if len(data) == 1 else f"-{each.comparison.slug}.png"
-        written += [(text, path, each.comparison) for text, path in _own_figures(each, look, output, end)]
+        for name, text, height, draw in _own_figures(each, look):
+            written.append((text, save(output / f"{name}{end}", height, draw), each.comparison))
     return written
 
 
-def _own_figures(data: ComparisonData, look: Mapping[str, Look], output: Path, end: str) -> list[tuple[str, Path]]:
-    written = []
+def _own_figures(
+    data: ComparisonData, look: Mapping[str, Look]
+) -> Iterator[tuple[str, str, float, Callable[["Figure"], None]]]:
+    """Name, alternative text, height and content of each figure of one comparison."""
     panels = panels_with_data(data.records)
     if panels:
         height = 4.2 if len(panels) == 1 else 0.4 + 3.5 * math.ceil(len(panels) / 2)
-        path = save(output / f"curves{end}", height, lambda figure: _curves(figure, data, look))
-        written.append(("learning curves of both levels", path))
+        yield "curves", "learning curves of both levels", height, partial(_curves, data=data, look=look)
     heated = [method for method in searched(data) if data.gates[method].layers]
     for method in heated:
-
-        def draw(figure: "Figure", method: str = method) -> None:
-            _heat(figure, data, method)
-
         layers = max(len(means) for means in data.gates[method].layers.values())
-        name = f"heat{end}" if len(heated) == 1 else f"heat-{_slug(method)}{end}"
+        name = "heat" if len(heated) == 1 else f"heat-{_slug(method)}"
         height = 2.0 + (0.42 if layers <= 14 else 0.3) * layers
-        path = save(output / name, height, draw)
-        written.append((f"mean of 1 - A per layer and module, {method}", path))
+        yield name, f"mean of 1 - A per layer and module, {method}", height, partial(_heat, data=data, method=method)
     if data.gates:
-        height = 3.8 + 0.26 * len(data.gates)
-        path = save(output / f"histogram{end}", height, lambda figure: _histogram(figure, data, look))
-        written.append(("histogram of A", path))
-    return written
+        yield "histogram", "histogram of A", 3.8 + 0.26 * len(data.gates), partial(_histogram, data=data, look=look)
 
 
 def searched(data: ComparisonData) -> list[str]:
@@ -114,7 +109,7 @@ def _histogram(figure: "Figure", data: ComparisonData, look: Mapping[str, Look])
 
 
 def _overview(figure: "Figure", data: ComparisonData, look: Mapping[str, Look]) -> None:
-    panels = [panel for panel in panels_with_data(data.records) if panel.key != "alpha_mean"][:3]
+    panels = [panel for panel in panels_with_data(data.records) if not panel.is_gate][:3]
     heat = [method for method in searched(data) if data.gates[method].layers][-1:]
     rows = figure.subfigures(1 + bool(panels), 1, height_ratios=[1.2, 1.0][: 1 + bool(panels)], squeeze=False)[:, 0]
     top = rows[0]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -80,29 +80,21 @@ def _matrices(path: Path) -> Iterator[tuple[str, bool, Iterator[np.ndarray]]]:
         order = json.loads(metadata.get("weights", "[]"))
         mixup = json.loads(metadata.get("method", "{}")).get("mixup") or {}
         sigmoid, shared = mixup.get("parametrisation") == "sigmoid", mixup.get("gate") in ("layer", "one")
-        factors: dict[str, list[str]] = {}
-        for key in file.keys():  # noqa: SIM118 (not a mapping)
-            collection, _, rest = key.partition("/")
-            if collection == COLLECTION:
-                weight, _, factor = rest.partition("/")
-                factors.setdefault(weight, []).append(factor)
-        for weight in sorted(factors, key=lambda name: order.index(name) if name in order else len(order)):
-            left, right = _tensor(file, weight, "left" if "left" in factors[weight] else "", sigmoid), None
-            if factors[weight] != [""]:
-                right = _tensor(file, weight, "right", sigmoid)
-            parts = weight.split(".")
-            name = parts[-2] if parts[-1] == "kernel" and len(parts) > 1 else parts[-1]
-            stacked = left.ndim == 3
-            if shared and (stacked or mixup["gate"] == "one"):  # kept under the first of the weights that share it
+        keys = {tuple(key.split("/")) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        weights = {weight for collection, weight, *_ in keys if collection == COLLECTION}
+        for weight in sorted(weights, key=lambda name: order.index(name) if name in order else len(order)):
+            whole = (COLLECTION, weight)
+            parts = [whole] if whole in keys else [(*whole, "left"), (*whole, "right")]
+            left, *right = (np.asarray(file.get_tensor("/".join(part)), dtype=np.float32) for part in parts)
+            if sigmoid:  # by a tanh, which does not overflow
+                left, *right = (0.5 + 0.5 * np.tanh(0.5 * x, dtype=np.float32) for x in (left, *right))
+            names = weight.split(".")
+            name = names[-2] if names[-1] == "kernel" and len(names) > 1 else names[-1]
+            if shared and (left.ndim == 3 or mixup["gate"] == "one"):  # kept under the first weight that shares it
                 name = "all kernels"
-            yield name, stacked, _layers(left, right, stacked)
+            yield name, left.ndim == 3, _layers(left, *right)
 
 
-def _tensor(file: Any, weight: str, factor: str, sigmoid: bool) -> np.ndarray:
-    x = np.asarray(file.get_tensor("/".join(filter(None, (COLLECTION, weight, factor)))), dtype=np.float32)
-    return (1 + np.tanh(x / 2)) / 2 if sigmoid else x  # the tanh does not overflow
-
-
-def _layers(left: np.ndarray, right: np.ndarray | None, stacked: bool) -> Iterator[np.ndarray]:
-    for index in range(len(left)) if stacked else (...,):
+def _layers(left: np.ndarray, right: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    for index in range(len(left)) if left.ndim == 3 else (...,):
         yield left[index] if right is None else left[index] @ right[index] / right.shape[-2]

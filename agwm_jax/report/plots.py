@@ -1,7 +1,7 @@
 """Figures of scores and losses: the seeds of every method, and the learning curves of both levels."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from agwm_jax.report.comparisons import Comparison
 from agwm_jax.report.runs import phase_kind
 from agwm_jax.report.style import Look
-from agwm_jax.report.table import Summary, summarize
+from agwm_jax.report.table import summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,55 +19,43 @@ Records = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # method -> run -
 
 
 class Panel(NamedTuple):
-    """A panel of the learning curves: what it reads and how it is labelled."""
+    """A panel of the learning curves: a key of the records of one kind of phase."""
 
-    title: str
     phase: str
     key: str
-    unit: str
-    transform: Callable[[np.ndarray], np.ndarray] = lambda values: values
-    smooth: bool = True
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it shows the gate, which is measured now and then, and not a loss, which is smoothed."""
+        return self.key == "alpha_mean"
 
 
-def panels(kind: str) -> tuple[Panel, ...]:
-    """What may be shown of a kind of phase: losses of both levels, and the gate."""
-    return (
-        Panel(f"{kind}: training loss", kind, "loss", "loss"),
-        Panel(f"{kind}: validation-split loss", kind, "outer_loss", "loss"),
-        Panel(
-            f"{kind}: share of the pretrained weight",
-            kind,
-            "alpha_mean",
-            "mean of 1 - A (%)",
-            lambda a: 100 * (1 - a),
-            False,
-        ),
-    )
+_TITLES = {
+    "loss": ("training loss", "loss"),
+    "outer_loss": ("validation-split loss", "loss"),
+    "alpha_mean": ("share of the pretrained weight", "mean of 1 - A (%)"),
+}
+"""Of what is shown: title and unit."""
 
 
 def verdict(comparison: Comparison) -> tuple[str, str]:
     """The result, claim and figures: the best of the compared methods against the baseline."""
     rows = summarize(comparison)
-    rivals = [row for row in rows if row.difference]
+    rivals = [(row.mean, row.method, row.difference) for row in rows if row.difference]
     if not rivals:
         best = max(rows, key=lambda row: row.mean)
         spread = f" ± {100 * best.std:.1f}" if math.isfinite(best.std) else ""
         return f"{best.method} reaches {100 * best.mean:.1f}{spread}", seeds(best.n)
-    return _compare(max(rivals, key=lambda row: row.mean), comparison.baseline)
-
-
-def _compare(row: Summary, baseline: str) -> tuple[str, str]:
-    difference = row.difference
-    assert difference is not None
-    size = f"{100 * difference.mean:+.2f} points"
+    _, method, difference = max(rivals, key=lambda rival: rival[0])
+    size, baseline = f"{100 * difference.mean:+.2f} points", comparison.baseline
     if math.isnan(difference.low):
-        return f"{row.method} minus {baseline}: {size}", f"{seeds(difference.n)}, too few for an interval"
+        return f"{method} minus {baseline}: {size}", f"{seeds(difference.n)}, too few for an interval"
     size += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}], {seeds(difference.n)}"
     if difference.low > 0:
-        return f"{row.method} beats {baseline}", size
+        return f"{method} beats {baseline}", size
     if difference.high < 0:
-        return f"{row.method} is worse than {baseline}", size
-    return f"{row.method} and {baseline}: no clear difference", size
+        return f"{method} is worse than {baseline}", size
+    return f"{method} and {baseline}: no clear difference", size
 
 
 def seeds(n: int) -> str:
@@ -85,19 +73,9 @@ def draw_scores(axes: "Axes", comparison: Comparison, looks: Mapping[str, Look])
     for index, name in enumerate(names):
         values = list(scores[name].values())
         look, mean = looks[name], float(np.mean(values))
-        axes.scatter(
-            [index] * len(values),
-            values,
-            s=34,
-            color=look.color,
-            marker=look.marker,
-            alpha=0.75,
-            linewidths=0,
-            zorder=3,
-        )
-        axes.plot(
-            [index - 0.2, index + 0.2], [mean, mean], color=look.color, linewidth=3.5, solid_capstyle="butt", zorder=4
-        )
+        at = [index] * len(values)
+        axes.scatter(at, values, s=34, color=look.color, marker=look.marker, alpha=0.75, linewidths=0, zorder=3)
+        axes.hlines(mean, index - 0.2, index + 0.2, color=look.color, linewidth=3.5, zorder=4)
         axes.annotate(
             f"{mean:.1f}",
             (index + 0.2, mean),
@@ -136,12 +114,11 @@ def draw_curves(axes: "Axes", panel: Panel, records: Records, looks: Mapping[str
         steps = np.arange(min(curve[0][0] for curve in curves), max(curve[0][-1] for curve in curves) + 1)
         rows = np.full((len(curves), len(steps)), math.nan)
         for row, (at, values) in zip(rows, curves, strict=True):
-            row[np.searchsorted(steps, at)] = _smooth(values, max(1, len(values) // 8) if panel.smooth else 1)
-        seen = np.isfinite(rows)
-        used = seen.any(axis=0)
-        steps, rows, count = steps[used], np.where(seen, rows, 0.0)[:, used], seen.sum(axis=0)[used]
-        mean = rows.sum(axis=0) / count
-        spread = np.sqrt((np.where(seen[:, used], rows - mean, 0.0) ** 2).sum(axis=0) / np.maximum(count - 1, 1))
+            row[np.searchsorted(steps, at)] = values if panel.is_gate else _smooth(values, max(1, len(values) // 8))
+        count = np.isfinite(rows).sum(axis=0)
+        steps, rows, count = steps[count > 0], rows[:, count > 0], count[count > 0]
+        mean = np.nanmean(rows, axis=0)
+        spread = np.sqrt(np.nansum((rows - mean) ** 2, axis=0) / np.maximum(count - 1, 1))
         color = looks[method].color
         # What is measured only now and then (alpha, once a chunk) shows where.
         marker = "o" if len(steps) < 12 else ""
@@ -151,8 +128,10 @@ def draw_curves(axes: "Axes", panel: Panel, records: Records, looks: Mapping[str
         ends.append((float(mean[0]), float(mean[-1])))
     axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
     axes.set_xlabel("step")
-    axes.set_ylabel(panel.unit)
-    axes.set_title(panel.title)
+    what, unit = _TITLES[panel.key]
+    title = f"{panel.phase}: {what}"
+    axes.set_ylabel(unit)
+    axes.set_title(title)
     if len(ends) == 1:
         first, last = ends[0]
         digits = 3 if abs(last - first) < 0.05 else 2
@@ -160,17 +139,18 @@ def draw_curves(axes: "Axes", panel: Panel, records: Records, looks: Mapping[str
         change = (
             f"stays at {start}" if start == end else f"{'falls' if last < first else 'rises'} from {start} to {end}"
         )
-        axes.set_title(f"{panel.title}\n{change}")
+        axes.set_title(f"{title}\n{change}")
 
 
 def panels_with_data(records: Records) -> list[Panel]:
     """The panels for which at least one run wrote something; losses first, what most methods train last."""
     runs = [run for members in records.values() for run in members]
     kinds = dict.fromkeys(phase_kind(record["phase"]) for run in runs for record in run)
-    found = [panel for kind in kinds for panel in panels(kind) if any(_curves(run, panel) for run in runs)]
+    panels = [Panel(kind, key) for kind in kinds for key in _TITLES]
+    found = [panel for panel in panels if any(_curves(run, panel) for run in runs)]
 
     def order(panel: Panel) -> tuple[bool, int]:
-        return not panel.smooth, sum(any(_curves(run, panel) for run in members) for members in records.values())
+        return panel.is_gate, sum(any(_curves(run, panel) for run in members) for members in records.values())
 
     return sorted(found, key=order)
 
@@ -192,10 +172,8 @@ def _curves(run: Sequence[Mapping[str, Any]], panel: Panel) -> list[tuple[np.nda
         value = record.get(panel.key)
         if phase_kind(str(record["phase"])) == panel.phase and isinstance(value, int | float) and math.isfinite(value):
             phases.setdefault(record["phase"], []).append((record["step"], value))
-    return [
-        (np.array([s for s, _ in points]), panel.transform(np.array([v for _, v in points])))
-        for points in phases.values()
-    ]
+    curves = [tuple(np.array(points).T) for points in phases.values()]
+    return [(steps, 100 * (1 - values) if panel.is_gate else values) for steps, values in curves]
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:

@@ -31,62 +31,49 @@ class Run(NamedTuple):
     method: str
     task: str
     seed: int
-    result: dict[str, Any] | None
+    result: dict[str, Any]
+    """Of result.json; empty where the run is not finished."""
 
     @property
     def score(self) -> float:
         """Main-metric score on the reported split (NaN when the run ended without one)."""
-        return _number((self.result or {}).get("score"))
+        score = self.result.get("score")
+        return math.nan if score is None else score
 
     @property
     def train_size(self) -> str:
         """Number of training examples as text, or "all"."""
-        size = (self.result or {}).get("train_size", self.config.get("task.train_size"))
-        return "all" if size in (None, "None", "null") else str(size)
+        size = self.result.get("train_size", self.config.get("task.train_size"))
+        return "all" if size in (None, "None") else str(size)
 
     @property
     def model(self) -> str:
         """Name of the pretrained model."""
-        return str((self.result or {}).get("model", self.config.get("model.path", self.config.get("model.name", "?"))))
+        return self.result.get("model", self.config.get("model.path", "?"))
 
     @property
     def seconds(self) -> dict[str, float]:
         """By phase, those of one kind (search-0, search-1, ...) summed, in the order in which they were trained."""
         found: dict[str, float] = {}
-        for key, value in self._table("seconds").items():
+        for key, value in self.result.get("seconds", {}).items():
             if key not in _NO_PHASE:
                 kind = phase_kind(key)
-                found[kind] = found.get(kind, 0.0) + _number(value)
+                found[kind] = found.get(kind, 0.0) + value
         return found
-
-    @property
-    def total_seconds(self) -> float:
-        """From the start to the result; NaN where it is not known."""
-        return _number(self._table("seconds").get("total"))
 
     @property
     def warnings(self) -> list[ReportWarning]:
         """What the run itself warned of."""
-        found = (self.result or {}).get("warnings") or []
-        return [
-            ReportWarning(str(one["name"]), str(one.get("message", "")))
-            for one in found
-            if isinstance(one, dict) and "name" in one
-        ]
+        return [ReportWarning(one["name"], one["message"]) for one in self.result.get("warnings", [])]
 
     def groups(self) -> dict[str, float]:
         """Accuracy (or the first metric there is) of each group of the reported split."""
         found = {}
-        groups = self._table("groups").get(str((self.result or {}).get("split")), {})
-        for group, values in (groups if isinstance(groups, dict) else {}).items():
+        for group, values in self.result.get("groups", {}).get(self.result.get("split"), {}).items():
             metrics = {key: value for key, value in values.items() if key != "n"}
             if metrics:
-                found[str(group)] = _number(metrics.get("accuracy", next(iter(metrics.values()))))
+                found[group] = metrics.get("accuracy", next(iter(metrics.values())))
         return found
-
-    def _table(self, key: str) -> dict[str, Any]:
-        value = (self.result or {}).get(key)
-        return value if isinstance(value, dict) else {}
 
 
 def phase_kind(phase: str) -> str:
@@ -111,29 +98,20 @@ def read_run(folder: Path) -> Run | ReportWarning:
         text = f"{folder} is a run of version 0.3 (its config.yaml has a section {old}): report it with that version."
         return ReportWarning("run_of_another_version", text)
     flat = _flatten(config)
-    method = flat.get("method.name", flat.get("method"))
+    method = flat.get("method.name")
     # The generated task has no name of its own, only a source.
-    task = next(
-        (flat[key] for key in ("task.name", "task.path", "task.source", "task") if flat.get(key, "None") != "None"),
-        None,
-    )
+    names = (flat.get(key, "None") for key in ("task.name", "task.path", "task.source"))
+    task = next((name for name in names if name != "None"), None)
     if not method or not task:
         text = f"{folder}: its config.yaml names no method and task, so it is no run; the folder is left out."
         return ReportWarning("not_a_run", text)
-    result = None
-    if (folder / "result.json").exists():
-        result = _load_json((folder / "result.json"), _read(folder / "result.json"))
+    result, path = {}, folder / "result.json"
+    if path.exists():
+        result = _load_json(path, _read(path))
         if not isinstance(result, dict):
-            raise AgwmError(
-                f"{folder / 'result.json'} holds a {type(result).__name__}, a mapping was expected: remove the file."
-            )
-    seed = (result or {}).get("seed", flat.get("run.seed", flat.get("seed", "0")))
-    try:
-        seed = int(seed)
-    except (TypeError, ValueError) as error:
-        raise AgwmError(f"{path}: seed is {seed!r}, a whole number was expected.") from error
-    task = str((result or {}).get("task", task))
-    return Run(folder, flat, str((result or {}).get("method", method)), task, seed, result)
+            raise AgwmError(f"{path} holds a {type(result).__name__}, a mapping was expected: remove the file.")
+    seed = int(result.get("seed", flat.get("run.seed", 0)))
+    return Run(folder, flat, result.get("method", method), result.get("task", task), seed, result)
 
 
 def read_records(run: Run) -> list[dict[str, Any]]:
@@ -187,10 +165,6 @@ def _load_json(path: Path, text: str, *, first_line: int = 1) -> Any:
             f"{path}, line {line}, column {error.colno}: not valid JSON ({error.msg}). The file is damaged or "
             "was cut off: remove the run folder or train it again."
         ) from error
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _short(error: Exception) -> str:

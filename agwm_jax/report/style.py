@@ -1,10 +1,6 @@
 """How a figure looks: a colour and marker per method, type that reads at 900 pixels, saving without side effects."""
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,34 +64,17 @@ def looks(methods: Sequence[str], *, baseline: str) -> dict[str, Look]:
     return {baseline: Look(*_BASELINE)} | {name: Look(*_OTHERS[i % len(_OTHERS)]) for i, name in enumerate(others)}
 
 
-@contextlib.contextmanager
-def private_matplotlib() -> Iterator[None]:
-    """Imports Matplotlib without a trace: its cache goes to a temporary folder, the user's settings stay unread."""
-    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="agwm-matplotlib-") as folder:
-        os.environ["MPLCONFIGDIR"] = folder
-        try:
-            import matplotlib.figure  # noqa: F401  (the import is the purpose: it reads and writes that folder)
-
-            yield
-        finally:
-            del os.environ["MPLCONFIGDIR"]
-
-
 def save(path: Path, height: float, draw: "Callable[[Figure], None]", *, width: float = WIDTH) -> Path:
     """Draws a figure of `width` x `height` inches and writes it as PNG.
 
     Raises:
         AgwmError: the file cannot be written.
     """
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure
 
     # From the defaults, not from the user's matplotlibrc: the same runs give the same picture everywhere.
-    settings: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
-    with matplotlib.rc_context(settings | _RC):
+    with matplotlib.style.context(_RC, after_reset=True):
         figure = Figure(figsize=(width, height))
         draw(figure)
         try:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from agwm_jax.report.comparisons import Collection, Comparison
-from agwm_jax.report.runs import Run
 
 RESAMPLES = 10_000
 MIN_PAIRS = 3
@@ -71,43 +70,24 @@ def summarize(comparison: Comparison) -> list[Summary]:
         own = {run.seed: run.score for run in runs}
         difference = None if comparison.is_baseline(method) else paired_difference(own, baseline)
         times = {phase: _mean([run.seconds.get(phase, math.nan) for run in runs]) for phase in runs[0].seconds}
-        total = _mean([run.total_seconds for run in runs])
-        memory = [_memory(run) for run in runs]
+        total = _mean([run.result.get("seconds", {}).get("total", math.nan) for run in runs])
+        memory = max(run.result.get("peak_memory_bytes", math.nan) for run in runs)
         std = float(scores.std(ddof=1)) if len(scores) > 1 else math.nan
-        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, total, _max(memory)))
+        rows.append(Summary(method, len(scores), float(scores.mean()), std, difference, times, total, memory))
     return rows
 
 
 def results_table(comparison: Comparison) -> str:
     """Markdown table: one row a method; scores and differences in points (times 100)."""
     summaries = summarize(comparison)
-    phases = _phases(summaries)
-    head = (
-        "method",
-        "mean",
-        "std",
-        "n seeds",
-        f"difference to {comparison.baseline}",
-        *(f"{phase} s" for phase in phases),
-        "total s",
-        "peak memory",
-    )
     rows = []
     for row in summaries:
-        times = [f"{row.seconds.get(phase, math.nan):.1f}" for phase in phases]
-        memory = f"{row.peak_memory / 2**30:.2f} GiB"
-        cells = [
-            row.method,
-            f"{100 * row.mean:.2f}",
-            f"{100 * row.std:.2f}",
-            str(row.n),
-            difference_text(comparison, row),
-            *times,
-            f"{row.total_seconds:.1f}",
-            memory,
-        ]
-        rows.append(["-" if "nan" in cell.split() else cell for cell in cells])
-    return _markdown(head, rows)
+        cells = {"method": row.method, "mean": f"{100 * row.mean:.2f}", "std": f"{100 * row.std:.2f}"}
+        cells |= {"n seeds": str(row.n), f"difference to {comparison.baseline}": difference_text(comparison, row)}
+        cells |= {f"{phase} s": f"{row.seconds.get(phase, math.nan):.1f}" for phase in _phases(summaries)}
+        cells |= {"total s": f"{row.total_seconds:.1f}", "peak memory": f"{row.peak_memory / 2**30:.2f} GiB"}
+        rows.append({name: "-" if "nan" in cell.split() else cell for name, cell in cells.items()})
+    return markdown_table(rows)
 
 
 def _phases(summaries: Sequence[Summary]) -> list[str]:
@@ -146,58 +126,38 @@ def groups_table(comparison: Comparison) -> str:
         return ""
     rows = []
     for name in names:
-        cells = [name.replace("_", " ")]
-        for runs in found.values():
+        cells = {"accuracy, points": name.replace("_", " ")}
+        for method, runs in found.items():
             values = 100 * np.array([run[name] for run in runs if name in run])
             spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "-")
+            cells[method] = f"{values.mean():.1f}{spread}" if len(values) else "-"
         rows.append(cells)
-    return _markdown(("accuracy, points", *found), rows)
+    return markdown_table(rows)
 
 
 def results_csv(collection: Collection) -> str:
     """All finished runs, one row a run; raw scores, seconds and bytes."""
-    runs = [(each, run) for each in collection.comparisons for members in each.methods.values() for run in members]
-    phases = sorted({key for _, run in runs for key in _seconds(run)})
-    scores = sorted({key for _, run in runs for key in _scores(run)})
-    head = ["comparison", "task", "model", "train_size", "method", "seed", "metric", "split", "score", *scores]
+    rows = []
+    for comparison in collection.comparisons:
+        for run in (run for members in comparison.methods.values() for run in members):
+            result = run.result
+            row: dict[str, object] = {
+                "comparison": comparison.title,
+                "task": run.task,
+                "model": run.model,
+                "train_size": run.train_size,
+            }
+            row |= {"method": run.method, "seed": run.seed, "metric": comparison.metric, "split": comparison.split}
+            row |= {"score": run.score, "folder": run.folder}
+            row |= {key: result.get(key) for key in ("peak_memory_bytes", "device", "git_commit")}
+            for split, values in result.get("scores", {}).items():
+                row |= {f"{split}.{name}": value for name, value in values.items()}
+            rows.append(row | {f"seconds.{phase}": value for phase, value in result.get("seconds", {}).items()})
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [*head, *(f"seconds.{phase}" for phase in phases), "peak_memory_bytes", "device", "git_commit", "folder"]
-    )
-    for comparison, run in runs:
-        result = run.result or {}
-        row = [
-            comparison.title,
-            run.task,
-            run.model,
-            run.train_size,
-            run.method,
-            run.seed,
-            comparison.metric,
-            comparison.split,
-            run.score,
-        ]
-        row += [_scores(run).get(key, "") for key in scores] + [_seconds(run).get(key, "") for key in phases]
-        writer.writerow(
-            [*row, *(result.get(key, "") for key in ("peak_memory_bytes", "device", "git_commit")), run.folder]
-        )
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()
-
-
-def _seconds(run: Run) -> dict[str, float]:
-    return dict((run.result or {}).get("seconds") or {})
-
-
-def _scores(run: Run) -> dict[str, float]:
-    splits = (run.result or {}).get("scores") or {}
-    return {f"{split}.{name}": value for split, values in splits.items() for name, value in values.items()}
-
-
-def _memory(run: Run) -> float:
-    value = (run.result or {}).get("peak_memory_bytes")
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -205,12 +165,9 @@ def _mean(values: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _max(values: Sequence[float]) -> float:
-    return max((value for value in values if math.isfinite(value)), default=math.nan)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells by column, in the order in which columns are first named; what a row lacks is "-"."""
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [head, ["---", *["---:"] * (len(head) - 1)], *([row.get(name, "-") for name in head] for row in rows)]
     # A "|" inside a name would open a new column.
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in [head, *rows]]
-    rule = ["---" if column == 0 else "---:" for column in range(len(head))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], rule, *cells[1:]]) + "\n"
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in cells)

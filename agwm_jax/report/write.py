@@ -8,8 +8,7 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.report.comparisons import Collection, Comparison, collect
 from agwm_jax.report.gates import Gates, mean_gates, read_gates
 from agwm_jax.report.runs import ReportWarning, Run, read_records
-from agwm_jax.report.spread import spread_warnings
-from agwm_jax.report.style import private_matplotlib
+from agwm_jax.report.spread import spread_warning
 from agwm_jax.report.table import groups_table, interval_sentence, results_csv, results_table
 
 
@@ -53,11 +52,10 @@ def write_report(runs: Iterable[Path], output: Path, *, baseline: str = "vanilla
     warnings = [*collection.warnings, *(warning for each in data for warning in _warnings(each))]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with private_matplotlib():
-            # Imported here: Matplotlib takes a while, and a command line that only trains should not wait for it.
-            from agwm_jax.report.figures import write_figures
+        # Imported here: Matplotlib takes a while, and a command line that only trains should not wait for it.
+        from agwm_jax.report.figures import write_figures
 
-            figures = write_figures(data, collection.methods, output, baseline=baseline)
+        figures = write_figures(data, collection.methods, output, baseline=baseline)
         markdown = _markdown(baseline, collection, data, figures, warnings)
         files = [output / "report.md", output / "results.csv"]
         files[0].write_text(markdown, encoding="utf-8")
@@ -104,11 +102,9 @@ def _warnings(data: ComparisonData) -> list[ReportWarning]:
         rival = comparison.rival(method)
         # Only a method that searches promises a smaller spread; controls are there to show what chance does.
         if rival is not None and not comparison.is_baseline(method) and data.searches(method):
-            pair = {rival: scores[rival], method: scores[method]}
-            merged += [
-                ReportWarning(warning.name, f"{comparison.title}: {warning.message}")
-                for warning in spread_warnings(pair, baseline=rival)
-            ]
+            warning = spread_warning(method, scores[method], rival, scores[rival])
+            if warning is not None:
+                merged.append(ReportWarning(warning.name, f"{comparison.title}: {warning.message}"))
     return merged
 
 

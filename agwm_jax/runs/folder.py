@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.settings.config import Config, config_fingerprint, dump_config, load_config
-
-_OLD_FILES = ("task.safetensors", "alpha.safetensors")
-_OLD_SECTIONS = ("mixup", "search", "hypergradient")
+from agwm_jax.settings.config import Config, deciding_settings, dump_config, load_config
 
 
 def check(folder: Path, config: Config) -> None:
@@ -28,10 +24,11 @@ def check(folder: Path, config: Config) -> None:
     saved = folder / "config.yaml"
     if saved.exists():
         theirs = read_config(folder)
-        if config_fingerprint(theirs) != config_fingerprint(config):
-            changes = "; ".join(_differences(theirs.model_dump(mode="json"), config.model_dump(mode="json")))
+        changes = differences(deciding_settings(theirs), deciding_settings(config), "")
+        if changes:
             raise AgwmError(
-                f"{folder} holds a run of another config ({changes}); choose another --run.output or remove the folder."
+                f"{folder} holds a run of another config ({'; '.join(changes)}); choose another --run.output or remove "
+                "the folder."
             )
         return
     if folder.exists() and any(not path.name.endswith(".partial") for path in folder.iterdir()):
@@ -68,21 +65,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.yaml"
     if not path.is_file():
         raise AgwmError(f"{folder} is no run folder (it has no config.yaml); expected the --run.output of a training.")
-    old = [name for name in _OLD_FILES if (folder / name).exists()] or _old_sections(path)
-    if old:
-        raise AgwmError(
-            f"{folder} is a run of version 0.3 ({', '.join(old)}), which this version does not read: use it with "
-            "agwm-jax 0.3, or train again in a new folder."
-        )
     return load_config(path)
-
-
-def _old_sections(path: Path) -> list[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []  # `load_config` says what is wrong with it
-    return [f"{path.name} has a section {name}" for name in _OLD_SECTIONS if name in (content or {})]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -136,8 +119,3 @@ def differences(theirs: Any, ours: Any, path: str) -> list[str]:
         names = {**theirs, **ours}
         return [x for name in names for x in differences(theirs.get(name), ours.get(name), f"{path}.{name}".strip("."))]
     return [] if theirs == ours else [f"{path} is {theirs!r} there and {ours!r} here"]
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    left, right = ({k: v for k, v in x.items() if k not in ("run", "mesh")} for x in (theirs, ours))
-    return [*differences(left, right, ""), *differences(theirs["run"]["seed"], ours["run"]["seed"], "run.seed")]

@@ -21,7 +21,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from agwm_jax.engine.observer import records_of
+from agwm_jax.engine.observer import Observer, records_of
 from agwm_jax.methods.interface import Method, MethodWarning, Phase
 from agwm_jax.runs.folder import write_text
 
@@ -82,7 +82,7 @@ class _Files:
         return found
 
 
-class Recorder:
+class Recorder(Observer):
     """The observer that writes run folders and shows a bar; a context manager.
 
     Args:
@@ -93,7 +93,6 @@ class Recorder:
     """
 
     def __init__(self, members: Sequence[Told], *, tensorboard: bool, progress: bool, active: bool = True):
-        """Nothing is opened yet."""
         self._members, self._tensorboard, self._active = members, tensorboard, active
         self._files: list[_Files] = []
         self._given_up: set[int] = set()
@@ -113,7 +112,6 @@ class Recorder:
         self._last: dict[tuple[int, str], Mapping[str, float]] = {}
 
     def __enter__(self) -> "Recorder":
-        """Show the bar."""
         self._progress.start()
         return self
 

@@ -1,6 +1,6 @@
 """All of the configuration: schema, YAML and the command line."""
 
-from agwm_jax.settings.config import config_fingerprint as config_fingerprint
+from agwm_jax.settings.config import deciding_settings as deciding_settings
 from agwm_jax.settings.config import dump_config as dump_config
 from agwm_jax.settings.config import load_config as load_config
 from agwm_jax.settings.config import parse_config as parse_config

@@ -8,8 +8,6 @@ alternative by its class. YAML as all three read it takes `no` for false. What i
 mapping over another (`_overlay`); pydantic and PyYAML do the rest.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from agwm_jax.settings.words import alternatives, faults, got, is_text
 _SHORT = {"seed": "run.seed", "seeds": "run.seeds", "output": "run.output", "model": "model.path"}
 # Of `run` only the seed changes a result; the rest says where it goes and how often it is saved. The mesh only says
 # which device computes what.
-_OUTSIDE_FINGERPRINT: Any = {"run": set(Run.model_fields) - {"seed"}, "mesh": True}
+_WITHOUT_EFFECT: Any = {"run": set(Run.model_fields) - {"seed"}, "mesh": True}
 _ITSELF = ""  # among the overrides of parts of a section: an override of the section itself
 _MOVED = {
     "mixup": "method.mixup (but frozen: model.frozen)",
@@ -54,7 +52,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     moved = [f"{old} is now {new}" for old, new in _MOVED.items() if old in raw]
     if moved:
         raise AgwmError(
-            f"{where}: settings of version 0.3: {'; '.join(moved)}; `agwm settings` lists all that there are"
+            f"{where}: settings of version 0.3: {'; '.join(moved)}; `agwm settings` lists all that there are. Use a "
+            "run of that version with agwm-jax 0.3, or train again in a new folder"
         )
     return parse_config(raw, where)
 
@@ -90,10 +89,9 @@ def seed_configs(config: Config) -> tuple[Config, ...]:
     return tuple(config.model_copy(update={"run": config.run.model_copy(update=update)}) for update in alone)
 
 
-def config_fingerprint(config: Config) -> str:
-    """SHA-256 (hexadecimal) of every setting that can change the result; folders, caches and checkpoints do not."""
-    settings = config.model_dump(mode="json", exclude=_OUTSIDE_FINGERPRINT)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+def deciding_settings(config: Config) -> dict[str, Any]:
+    """Every setting that can change the result, as JSON has it; folders, caches and checkpoints do not."""
+    return config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
 
 
 def _read(path: Path) -> dict:

@@ -95,8 +95,6 @@ def test_validation_passes_are_reshuffled():
         ),
         (lambda: split_indices(2, validation_fraction=0.2, rng=rng()), "splits 2 training examples into 2 and 0"),
         (lambda: split_indices(10, validation_fraction=1.0, rng=rng()), "into 0 and 10"),
-        (lambda: epoch_plan(np.arange(4), batch_size=0, epochs=1, rng=rng()), "batch_size is 0"),
-        (lambda: epoch_plan(np.arange(4), batch_size=2, epochs=0, rng=rng()), "epochs is 0"),
         (lambda: evaluation_plan(0, batch_size=2), "no examples"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_model_is_the_composition_of_its_functions(family):
 def test_positions_of_roberta_count_real_tokens():
     """Wherever padding stands, as transformers counts them."""
     small = FIRST["roberta"]
-    module = small.of.module(small.config, num_labels=2, rngs=nnx.Rngs(0))
+    module = small.of.module(small.config, num_labels=2, pooling="cls", options=Options(), rngs=nnx.Rngs(0))
     ids = jnp.array([[7, 1, 9, 9, 1], [1, 1, 5, 6, 7]])
     assert module.positions(ids).tolist() == [[2, 1, 3, 4, 1], [1, 1, 2, 3, 4]]
     assert small.config.max_length == small.config.max_position_embeddings - 2
@@ -171,7 +171,7 @@ def test_row_of_padding_alone_stays_finite():
 def test_scan_equals_a_python_loop_over_the_layers():
     """With dropout too, so that each layer gets the key that is its own."""
     small, key = SMALL["gelu_new"], jax.random.key(3)
-    module = small.of.module(small.config, num_labels=1, rngs=nnx.Rngs(1))
+    module = small.of.module(small.config, num_labels=1, pooling="cls", options=Options(), rngs=nnx.Rngs(1))
     x = jax.random.normal(jax.random.key(0), (2, 6, small.config.hidden_size))
     bias = jnp.zeros((2, 6))
     scanned = nnx.jit(type(module.encoder).__call__)(module.encoder, x, bias, key=key)

@@ -21,7 +21,6 @@ class AgreementTask(TaskSource):
     test_size: int = Field(default=800, ge=8, description="test examples to generate")
 
     def load(self) -> Task:
-        """Generates it."""
         from agwm_jax.data.agreement import agreement_task
 
         return agreement_task(

@@ -4,6 +4,7 @@ Settings are read without the libraries that read data: a source imports those i
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Strict, model_validator
 
 from agwm_jax import metrics
-from agwm_jax.data.tasks import Task
+from agwm_jax.data.tasks import Task, check_training_labels
 from agwm_jax.data.wording import label_text, listed, normal_form
 from agwm_jax.errors import AgwmError
 from agwm_jax.registry import Registry
@@ -122,28 +123,35 @@ class TableSource(TaskSource):
         return self
 
     def columns(self) -> tuple[tuple[str, ...], str]:
-        """As the settings say."""
         return self.text_columns, self.label_column
 
     def task(self, name: str, tables: "Mapping[str, Table]") -> Task:
         """The task that tables hold, "train" and the reported split among them.
 
         Raises:
-            AgwmError: a column is missing; a text or a label is missing or unusable (with its line).
+            AgwmError: a column is missing, a text or a label is missing or unusable (with its line), or all training
+                labels are the same.
         """
-        from agwm_jax.data.columns import normalise
+        from agwm_jax.data.columns import find_label_names, hint_at_scores, labelled
+        from agwm_jax.data.files import check_columns
 
-        splits, label_names = normalise(
-            tables,
-            text_columns=self.text_columns,
-            label_column=self.label_column,
-            kind=self.kind,
-            label_names=self.label_names,
-            group_column=self.group_column,
-        )
+        train, names = tables["train"], self.label_names or ()
+        if self.kind == "classification" and not names:
+            (column,) = check_columns(list(train.columns), (self.label_column,), train.source)
+            names = find_label_names(train, column)
+        splits = {}
+        for split, table in tables.items():
+            rows = labelled(table, self.text_columns, self.label_column, kind=self.kind, label_names=names)
+            if self.group_column:
+                (column,) = check_columns(list(table.columns), (self.group_column,), table.source)
+                rows = rows.add_column("group", [normal_form(str(value)) for value in table.columns[column]])
+            splits[split] = rows
+        check_training_labels(splits["train"]["label"], self.kind, names, train.source)
+        if not self.label_names and hint_at_scores(names):
+            warnings.warn(f"{train.source}: {len(names)} classes{hint_at_scores(names)}.", stacklevel=2)
         default = ("accuracy", "macro_f1") if self.kind == "classification" else ("spearman", "pearson")
         pair = len(self.text_columns) == 2
-        return Task(name, self.kind, label_names, pair, self.metrics or default, self.report_split, splits)
+        return Task(name, self.kind, names, pair, self.metrics or default, self.report_split, splits)
 
 
 def files_below(folder: str) -> tuple[str, ...]:

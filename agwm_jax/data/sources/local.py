@@ -51,5 +51,4 @@ class LocalTask(TableSource):
         return drop_leaked(task) if self.drop_leaked else task
 
     def data_files(self) -> tuple[str, ...]:
-        """All of them."""
         return tuple(self._named().values())
