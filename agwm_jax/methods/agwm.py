@@ -4,6 +4,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
@@ -24,6 +25,7 @@ from agwm_jax.methods.interface import (
     Stage,
     Variables,
 )
+from agwm_jax.methods.leverage import ALPHAS, leverage_phase
 from agwm_jax.methods.mixup import ALPHA, ClipOver, Mixture, Mixup, clip_with
 from agwm_jax.methods.optimizers import OptimizerSettings
 from agwm_jax.methods.search_plans import plans_for_after, search_plans, side_by_side
@@ -91,6 +93,11 @@ class Search(Section):
     anchor: float = Field(
         default=0.0, ge=0, description="anchor/2 |W - W0|^2 in the inner loss; 0 makes alpha unidentifiable"
     )
+    leverage: bool = Field(
+        default=True,
+        description="after the search, read the validation parts once with the learnt gate, with A = 1 and with other "
+        "single numbers, for the report",
+    )
     inner: InnerOptimizer = Field(default=InnerOptimizer(), description="optimiser of the task weights W")
     outer: OuterOptimizer = Field(default=OuterOptimizer(), description="optimiser of alpha")
 
@@ -110,6 +117,11 @@ class Search(Section):
         )
         return self
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether a phase tells of the gate's leverage; where W is left at W0 no gate would change a thing."""
+        return self.leverage and self.average == "all"
+
     def plans(self, setup: Setup) -> list[Plan]:
         """``{"inner": [steps, k, b], "outer": [steps, b]}`` of every split, all of one shape."""
         return search_plans(self, setup)
@@ -121,7 +133,7 @@ class Search(Section):
         return jax.tree.map(lambda x: x.mean(axis=0), weights)
 
 
-@METHODS.register("agwm", cost="search: of the estimator; finetune: 1", paper="arXiv 2403.12918")
+@METHODS.register("agwm", cost="search: of the estimator; leverage: 4; finetune: 1", paper="arXiv 2403.12918")
 class Agwm(MethodSettings):
     """Attention-guided weights mixup: a gate A between W and W0, learnt by bi-level optimisation.
 
@@ -137,7 +149,8 @@ class Agwm(MethodSettings):
     losses, each through the W of its own fold; the W's are averaged. With ``search.when: after`` W is trained first, on
     the training part of every split and through the mixture where alpha starts (plain fine-tuning at A = 1); then one
     alpha is fitted through these fixed W's, on the mean of the losses of their validation parts, whose gradient is
-    exact. `estimator`, `search.inner_steps` and `search.rollback` are for the bi-level search alone.
+    exact. `search.leverage` reads the validation parts once more between the stages, for the report. `estimator`,
+    `search.inner_steps` and `search.rollback` are for the bi-level search alone.
 
     Cost of a search step: of the estimator, and one fb an inner step with `search.rollback`; K times that with folds;
     with ``when: after`` K fb a step of W, and as much for one of alpha; of a finetune step 1 fb. Memory: of the
@@ -183,6 +196,10 @@ class Agwm(MethodSettings):
         def init(pretrained, key) -> Variables:
             return {TASK: task_weights(setup, pretrained), ALPHA: mixture.init_alpha(key, pretrained)}
 
+        if self.search.is_measured:
+            plans = [phase.plan["outer"] for stage in searches for phase in stage if "outer" in phase.plan]
+            rows = np.unique(np.concatenate([plan.ravel() for plan in plans]))
+            searches = (*searches, (leverage_phase(setup, mixture, rows[rows >= 0]),))
         finetune = training_phase(
             setup, forward=mixture.forward, keeps=(ALPHA,), clip_with=clip_with(self.finetune_clip, mixture.mixed)
         )
@@ -229,7 +246,7 @@ class _Solver:
         steps, inner_steps = plan["inner"].shape[:2]
         self._folds = folds
         search = settings.search
-        self._search, self._setup, self._mixture = search, setup, mixture
+        self._search, self._mixture = search, mixture
         self._renew = _own_dropout if search.dropout == "separate" else None
         self._estimator = settings.estimator.build(scale=search.inner.rms_scale(setup.model.weights), renew=self._renew)
         reverse_only = not self._estimator.forward_mode
@@ -272,9 +289,12 @@ class _Solver:
         """The running mean over searches: after the last, the average over all of them."""
         task = state.inner.params if self._search.average == "all" else context.learnt[TASK]
         found = {TASK: task, ALPHA: state.outer}
-        if index == 0:
+        if index > 0:
+            before = {name: context.learnt[name] for name in found}
+            found = jax.tree.map(lambda mean, x: mean + (x - mean) / (index + 1), before, found)
+        if not self._search.is_measured or self._search.num_splits == 1:
             return found
-        return jax.tree.map(lambda mean, x: mean + (x - mean) / (index + 1), context.learnt, found)
+        return {**found, ALPHAS: {**(context.learnt[ALPHAS] if index else {}), str(index): state.outer}}
 
     def finish_folds(self, context: Context, state: BilevelState) -> Variables:
         """The mean of all W, and the alpha that they share."""

@@ -187,9 +187,12 @@ class Mixture:
     def forward(self, pretrained: Params, variables: Variables, key: Key[Array, ""]) -> Effective:
         """The same mixture for a training step, layer by layer within the model."""
         del key
-        task, gates = variables[TASK], self.gates(variables[ALPHA])
+        return self.through(pretrained, variables[TASK], self.gates(variables[ALPHA]))
+
+    def through(self, pretrained: Params, task: Params, gates: Alpha) -> Effective:
+        """The mixture by any gates, of every mixed path."""
         operands = {path: (pretrained[path], task[path], gates[path]) for path in self.mixed}
-        return {**replace_weights(pretrained, variables), **in_layers(self._weights, self._mixture, operands)}
+        return {**replace_weights(pretrained, {TASK: task}), **in_layers(self._weights, self._mixture, operands)}
 
     def merge(self, pretrained: Params, variables: Variables) -> Params:
         """`Method.merge`: the mixed weights."""

@@ -230,7 +230,7 @@ class TestAfter:
         search = {"when": "after", "num_splits": 2, "validation_fraction": 0.4, "epochs": 1, "alpha_epochs": 2}
         method = agwm(setup_of(epochs=1), search, mixup={"gate": "layer"})
         alone = run(method, pretrained_weights(), jax.random.key(0))
-        assert {"weights", "search", "finetune"} == set(alone.infos)
+        assert {"weights", "search", "leverage", "finetune"} == set(alone.infos)
         assert {"loss", "outer_loss", "hypergradient_norm"} <= set(alone.infos["search"])
         stacked = jax.tree.map(lambda x: jnp.stack([x, x]), pretrained_weights())
         keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
