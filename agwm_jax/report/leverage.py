@@ -63,7 +63,7 @@ def verdict(found: Leverage) -> str:
     """In words, whether the gate mattered."""
     moved = f"A moved by {found.travelled:.3f} in the mean"
     if math.isnan(found.learnt):
-        return f"The gate was not fitted to a loss: {moved}, by its start alone."
+        return f"The gate was not fitted on examples of its own: {moved}."
     lower = (found.opened - found.learnt) / abs(found.opened)
     lower_than_number = (found.number - found.learnt) / abs(found.number)
     losses = f"the validation parts lose {found.learnt:.4f} with it and {found.opened:.4f} with A = 1"

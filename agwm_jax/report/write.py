@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 from agwm_jax.errors import AgwmError
 from agwm_jax.report.comparisons import Collection, Comparison, collect
 from agwm_jax.report.gates import Gates, mean_gates, read_gates
+from agwm_jax.report.leverage import leverage, row, verdict
 from agwm_jax.report.runs import ReportWarning, Run, read_records
 from agwm_jax.report.spread import spread_warning
-from agwm_jax.report.table import groups_table, interval_sentence, results_csv, results_table
+from agwm_jax.report.table import groups_table, interval_sentence, markdown_table, results_csv, results_table
 
 
 class Report(NamedTuple):
@@ -131,6 +132,7 @@ def _markdown(
             lines += [f"The methods do not share `{key}`: {shown}.", ""]
         if table := groups_table(comparison):
             lines += ["### Scores by group", "", "Mean ± standard deviation over seeds.", "", table]
+        lines += _leverage(each)
         lines += [_image(title, path) for title, path, owner in figures if owner is comparison]
     if warnings:
         lines += ["## Warnings", "", *(f"- **{warning.name}**: {warning.message}" for warning in warnings), ""]
@@ -138,6 +140,39 @@ def _markdown(
         lines += ["## Unfinished runs", "", "They count in no number above. Run the same command again to go on.", ""]
         lines += [f"- {run.folder} ({run.task}, {run.method}, seed {run.seed})" for run in collection.unfinished] + [""]
     return "\n".join(lines)
+
+
+def _leverage(data: ComparisonData) -> list[str]:
+    """What the gates of a comparison did, in a table and in words; nothing where no method has one."""
+    found = {
+        method: leverage(gates, _start(data.comparison.methods[method][0]), data.records[method])
+        for method, gates in data.gates.items()
+    }
+    if not found:
+        return []
+    rows = [
+        {**row(method, each), "score": f"{_mean_score(data.comparison.methods[method]):.4f}"}
+        for method, each in found.items()
+    ]
+    lines = ["### Did the gate matter?", "", markdown_table(rows)]
+    lines += [f"- `{method}`: {verdict(each)}" for method, each in found.items()]
+    return [
+        *lines,
+        "",
+        "Losses are of the examples that alpha was fitted on, at the weights that the search left, and so flatter the "
+        "learnt gate.",
+        "",
+    ]
+
+
+def _mean_score(runs: Sequence[Run]) -> float:
+    """Of the runs of one method."""
+    return sum(run.score for run in runs) / len(runs)
+
+
+def _start(run: Run) -> float:
+    """Where A started."""
+    return float(run.config.get("method.mixup.start", 1.0))
 
 
 def _image(title: str, path: Path) -> str:
