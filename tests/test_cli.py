@@ -215,7 +215,8 @@ def test_settings_lists_all_and_those_that_match(capsys):
 
 def test_list_shows_what_is_registered(capsys):
     assert main(["list"]) == 0
-    kinds = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
+    lines = capsys.readouterr().out.replace("\n  ", " ").splitlines()
+    kinds = dict(line.split(": ", 1) for line in lines)
     assert set(kinds) == {"methods", "estimators", "solvers", "families", "tasks", "metrics"}
     assert {"agwm", "vanilla"} <= set(kinds["methods"].split(", "))
     for kind in kinds:
@@ -311,3 +312,10 @@ def test_help_needs_no_library():
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(answer.stdout.splitlines()[-1].split())
     assert not loaded & {"jax", "numpy", "pydantic", "yaml", "optax"}
+
+
+def test_methods_lists_each_with_cost_and_paper(capsys):
+    assert main(["methods"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "llrd + Plain fine-tuning whose learning rate falls" in out
+    assert "(cost search: of the estimator; leverage: 4; finetune: 1; arXiv 2403.12918)" in out

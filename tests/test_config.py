@@ -369,3 +369,38 @@ def test_a_path_is_no_key_of_a_file(tmp_path):
     file.write_text("run.seed: 3\n")
     with pytest.raises(AgwmError, match=r"run\.seed: unknown setting; did you mean run: \{seed: \.\.\.\}\?"):
         load_config(file)
+
+
+def test_techniques_are_a_section_a_list_or_a_name(tmp_path):
+    said = ["--techniques.llrd.decay", "0.9", "--techniques.swa", "{}"]
+    llrd, swa = load_config(None, said).techniques.chosen
+    assert (llrd.name, llrd.decay, swa.name) == ("llrd", 0.9, "swa")
+    assert [each.name for each in load_config(None, ["--techniques", "[swa, llrd]"]).techniques.chosen] == [
+        "llrd",
+        "swa",
+    ]
+    config = load_config(None, ["--techniques", "llrd"])
+    assert config.techniques.chosen[0].decay == 0.95
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (["--techniques.lrd.decay", "0.9"], "techniques.lrd: unknown setting; did you mean techniques.llrd?"),
+        (
+            ["--techniques.llrd.decay", "2"],
+            "techniques.llrd.decay: got 2 (a whole number); allowed: a number > 0 and <= 1",
+        ),
+        (["--techniques.agwm", "{}"], "techniques.agwm: unknown setting"),
+        (["--method", "lora", "--techniques", "[mixout]"], "the method lora has nothing of the kind"),
+        (["--method", "llrd", "--techniques", "[llrd]"], "it is the method already"),
+        (["--techniques", "[r_drop, smart]"], "r_drop and smart each replace the training objective"),
+        (["--techniques", "3"], "techniques: got 3 (a whole number); allowed: a section with any of"),
+    ],
+)
+def test_techniques_that_do_not_fit_are_refused_in_a_sentence(said, sentence):
+    with pytest.raises(AgwmError) as caught:
+        load_config(None, said)
+    assert sentence in str(caught.value)

@@ -88,6 +88,7 @@ def preset(name: str, *, epochs: int, search_epochs: int, rates=(2e-2, 5e-2), **
             "inner": found.inner.model_copy(update=inner),
             "outer": found.outer.model_copy(update=outer),
             "epochs": search_epochs,
+            "leverage": False,
             **search,
         }
     )

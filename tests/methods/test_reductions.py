@@ -73,7 +73,7 @@ def test_restart_and_soup_are_agwm_at_a_gate_of_1(name, settings, num_splits, ro
     """Losses of W in every stage and the last weights, to the bit: the same splits, order, dropout and updates."""
     search = {"epochs": 2, "validation_fraction": 0.4, "inner": {"learning_rate": 3e-2}}
     first = {"epochs": 2, "validation_fraction": 0.4, "optimizer": {"learning_rate": 3e-2}}
-    still = {"rollback": rollback, "outer": {"learning_rate": 1e-30}, "num_splits": num_splits}
+    still = {"rollback": rollback, "outer": {"learning_rate": 1e-30}, "num_splits": num_splits, "leverage": False}
     agwm = train("agwm", mixup={"noise": 0.0}, search={**search, **still})
     control = train(name, first=first, **settings)
     assert control.infos.keys() == agwm.infos.keys()
