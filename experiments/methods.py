@@ -31,12 +31,17 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--passes", type=int, default=5, help="over the training set, of every method")
+    parser.add_argument(
+        "--held-out", type=int, help="score about so many rows of the validation file, evenly spaced; default: all"
+    )
     parser.add_argument("--factors", nargs="+", type=float, default=[5.0, 15.0], help="of the default learning rates")
     arguments, settings = parser.parse_known_args()
     rows = []
     for task in arguments.tasks:
         config = CONFIGS / f"{task}_300.yaml"
         splits = {split: arguments.data / task / f"{split}.jsonl" for split in ("train", "validation")}
+        if arguments.held_out:
+            splits["validation"] = _every_nth(splits["validation"], arguments.held_out, arguments.output / task)
         files = [word for split, path in splits.items() for word in (f"--task.files.{split}", str(path))]
         words = [*files, "--run.save_weights", "false", *settings]
         unit = plain_step(config, words)
@@ -58,6 +63,13 @@ def main() -> int:
             _write(arguments.output, rows)
     print(markdown(rows))
     return 0
+
+
+def _every_nth(file: Path, count: int, folder: Path) -> Path:
+    rows = file.read_text().splitlines(keepends=True)  # neighbours are alike, so not the first ones
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / file.name).write_text("".join(rows[:: max(1, len(rows) // count)]))
+    return folder / file.name
 
 
 def _write(output: Path, rows) -> None:

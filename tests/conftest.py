@@ -1,5 +1,6 @@
 """What every test runs under: several fake CPU devices, no silent rank promotion, checked shapes, no network."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -7,7 +8,13 @@ import tempfile
 from pathlib import Path
 
 # Set before jax is first imported; subprocesses inherit it too.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # 40 s is too short for 8 devices on a busy core or two
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+# A device that waits for others holds a thread; XLA's pool is no larger than the devices are many unless this says so.
+os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -45,9 +52,35 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Nothing is compiled for another file; thousands of traced programs slow the collection of garbage."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For programs that run for microseconds, whose time goes into compiling them."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+QUICKLY: dict = {"xla_cpu_parallel_codegen_split_count": 1}
+"""Compiler options that take half of the time for tiny programs."""
+if jax.__version_info__ < (0, 11):  # gone since
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
+
+
+@pytest.fixture(scope="module")
+def quick_programs(quick_compilation):
+    """The same for the programs of the engine, in this process."""
+    from agwm_jax.engine import lanes
+
+    usual = lanes.compiler_options()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "compiler_options", lambda: {**usual, **QUICKLY})
+        yield

@@ -18,7 +18,7 @@ from agwm_jax.models.family import FAMILIES, build_model
 from agwm_jax.models.layers import dropout
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import of_role
-from tests.engine.conftest import QUICKLY
+from tests.conftest import QUICKLY
 
 # All different, so that a shape in a compiled program says what it is; what a mesh cuts is a multiple of 8.
 L, B, T, D, F, VOCABULARY, POSITIONS = 3, 8, 12, 32, 48, 104, 24

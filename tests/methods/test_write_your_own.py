@@ -30,13 +30,15 @@ def train(name, **settings):
 
 
 def test_the_methods_of_the_page_are_vanilla_at_0_and_themselves_at_their_defaults(registered):
-    assert {"weight_noise", "moving_average"} <= set(METHODS)
+    settings = {"weight_noise": "std", "moving_average": "decay", "sign_gradient": "share"}
+    assert settings.keys() <= set(METHODS)
     vanilla = train("vanilla")
-    for name, setting in (("weight_noise", "std"), ("moving_average", "decay")):
+    for name, setting in settings.items():
         reduced = train(name, **{setting: 0.0})
         np.testing.assert_array_equal(reduced.losses, vanilla.losses)
         chex.assert_trees_all_equal(reduced.weights, vanilla.weights)
-    assert not np.array_equal(train("weight_noise").losses, vanilla.losses)
+    for name in ("weight_noise", "sign_gradient"):
+        assert not np.array_equal(train(name).losses, vanilla.losses)
     averaged = train("moving_average", decay=0.5)
     np.testing.assert_array_equal(averaged.losses, vanilla.losses)  # it trains as usual,
     path = "pooler.kernel"  # and what it leaves is closer to the start

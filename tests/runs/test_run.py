@@ -77,9 +77,10 @@ def test_metrics_have_a_line_a_step(agwm_run):
     assert [(r["phase"], r["step"]) for r in lines] == [
         *(("search-0", i) for i in range(12)),
         *(("search-1", i) for i in range(12)),
+        *(("leverage", i) for i in range(2)),
         *(("finetune", i) for i in range(10)),
     ]
-    assert [r["global_step"] for r in lines] == list(range(34))
+    assert [r["global_step"] for r in lines] == list(range(36))
     assert all(r.keys() >= {"loss", "outer_loss", "hypergradient_norm"} for r in lines[:24])
     assert [r["step"] for r in lines[:12] if "alpha_mean" in r] == [2, 5, 8, 11], "once a chunk"
 
@@ -211,9 +212,20 @@ def test_export_gives_the_mixed_model(agwm_run, tmp_path):
     assert np.abs(mixed - ends[1]).max() > 1e-5, "not W alone"
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "agwm"])
+SHORT = {
+    "top_k": {"method.k": 1},
+    "recadam": {"method.gamma": 50, "method.t0": 2},
+    "restart": {"method.first.epochs": 1},
+    "soup": {"method.first.epochs": 1, "method.num_splits": 2},
+    "model_stock": {"method.num_runs": 2},
+}
+"""Settings that fit a model of two layers and a run of five steps."""
+ELSEWHERE = {"agwm", "zero_shot"}  # the tests above; a score of pairs, which is no classifier to be exported
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ELSEWHERE])
 def test_every_method_leaves_by_the_same_door(configure, tmp_path, method):
-    config = configure(method, {"finetune.epochs": 1})
+    config = configure(method, {"finetune.epochs": 1, **SHORT.get(method, {})})
     result = train(config, progress=False)
     again = evaluate(folder_of(config))
     assert again["scores"] == pytest.approx(result["scores"]["test"])

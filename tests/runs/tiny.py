@@ -50,6 +50,8 @@ SETTINGS = {
     "task.train_size": 40,
     "task.validation_size": 40,
     "task.test_size": 40,
+    "task.pool_size": 200,
+    "model.unroll_layers": 1,
     "data.batch_size": 8,
     "data.max_length": 40,
     "method.search.epochs": 3,
