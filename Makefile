@@ -88,4 +88,6 @@ $(VENV)/.docs: $(VENV)/.train
 # Apart from the other packages, so that `make test` shows that it needs no PyTorch.
 $(VENV)/.parity: $(VENV)/.test
 	@$(PIP) install -c constraints.txt --upgrade --target $(VENV)/parity torch==2.13.0
+	# What else PEFT declares is installed already.
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/parity peft==0.21.2 accelerate==1.15.0
 	touch $@

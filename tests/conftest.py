@@ -5,12 +5,16 @@ import importlib.util
 import os
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 # Set before jax is first imported; subprocesses inherit it too.
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # 40 s is too short for 8 devices on a busy core or two
+    # Tiny programs run for microseconds: these halve the time that it takes to compile them.
+    "--xla_cpu_parallel_codegen_split_count=1",
+    *(["--xla_cpu_use_fusion_emitters=false"] if metadata.version("jaxlib").startswith("0.10.") else []),  # gone since
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 # A device that waits for others holds a thread; XLA's pool is no larger than the devices are many unless this says so.
@@ -67,20 +71,3 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-QUICKLY: dict = {"xla_cpu_parallel_codegen_split_count": 1}
-"""Compiler options that take half of the time for tiny programs."""
-if jax.__version_info__ < (0, 11):  # gone since
-    QUICKLY["xla_cpu_use_fusion_emitters"] = False
-
-
-@pytest.fixture(scope="module")
-def quick_programs(quick_compilation):
-    """The same for the programs of the engine, in this process."""
-    from agwm_jax.engine import lanes
-
-    usual = lanes.compiler_options()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "compiler_options", lambda: {**usual, **QUICKLY})
-        yield

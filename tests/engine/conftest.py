@@ -1,8 +1,8 @@
-"""Tiny programs run for microseconds: their time goes into compiling them."""
+"""Tiny programs, whose time goes into compiling them."""
 
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick(quick_programs):
+def _quick(quick_compilation):
     """For what runs in this process."""

@@ -18,7 +18,6 @@ from agwm_jax.models.family import FAMILIES, build_model
 from agwm_jax.models.layers import dropout
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import of_role
-from tests.conftest import QUICKLY
 
 # All different, so that a shape in a compiled program says what it is; what a mesh cuts is a multiple of 8.
 L, B, T, D, F, VOCABULARY, POSITIONS = 3, 8, 12, 32, 48, 104, 24
@@ -162,7 +161,7 @@ class Result(NamedTuple):
 
 
 def compiled(step, arguments, **options):
-    return jax.jit(step, **options).lower(*arguments).compile(QUICKLY)
+    return jax.jit(step, **options).lower(*arguments).compile()
 
 
 def on_one_device(search, estimator, lanes=1) -> list[Result]:

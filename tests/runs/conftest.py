@@ -13,7 +13,7 @@ from agwm_jax.settings import Config, load_config
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick(quick_programs):
+def _quick(quick_compilation):
     """The model is tiny: time would go into compiling."""
 
 
