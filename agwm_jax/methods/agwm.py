@@ -176,11 +176,19 @@ class Agwm(MethodSettings):
         check = ESTIMATORS[self.estimator.name].facts.get("check")
         if check is not None:
             check(self.estimator, inner_steps=self.search.inner_steps)
+        ends_elsewhere = not getattr(self.estimator, "restore", True) and self.search.rollback is True
+        refuse(
+            (
+                ends_elsewhere,
+                "search.rollback: got true; allowed: false or from_look_ahead with estimator.restore false, for the "
+                "weights that it leaves are those that a rollback throws away",
+            )
+        )
         return self
 
     @property
     def extra_passes(self) -> int:
-        """Those of one search."""
+        """Those of W in one search; alpha's own, a fifth as long with `when` after, are not counted."""
         return self.search.epochs
 
     @property

@@ -429,3 +429,8 @@ def test_a_gate_in_the_clip_makes_it_clip_more():
         )
         moved.append(norm({"b": state.params["task"]["classifier.bias"] - first["classifier.bias"]}))
     assert moved[0] > 1.0001 * moved[1] > 1.0001**2 * moved[2]
+
+
+def test_weights_left_at_an_end_are_not_rolled_back():
+    with pytest.raises(AgwmError, match=r"search\.rollback: got true; allowed: false or from_look_ahead"):
+        load_config(CONFIGS / "authors_as_run.yaml", ["--method.search.rollback", "true"])
