@@ -110,8 +110,8 @@ def bilevel(
     asked to roll back: its copy of the weights and moments shares their memory. Schedules do not count those steps,
     and at the very first iteration, where there was no state to share, the optimiser starts anew.
 
-    The outer variable is held in float32 whatever it comes in (float64 stays): near 1 bfloat16 has steps of 0.004, which
-    swallow the updates of a usual learning rate. The losses get it so; what computes in less casts it there.
+    The outer variable is held in float32 whatever it comes in (float64 stays): near 1 bfloat16 has steps of 0.004,
+    which swallow the updates of a usual learning rate. The losses get it so; what computes in less casts it there.
 
     Pure and jittable; the caller jits, donates the state, and may build the solver inside the jitted function so that
     what `problem` closes over are traced arguments.
