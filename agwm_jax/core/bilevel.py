@@ -31,7 +31,7 @@ class BilevelSolver(NamedTuple):
     """A pair of pure functions, made by `bilevel`."""
 
     init: Callable[[Vector, Vector], BilevelState]
-    """``init(inner_params, outer) -> state``; the state is a copy."""
+    """``init(inner_params, outer) -> state``; the state is a copy, its outer variable in float32 or better."""
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Info]]
     """``step(state, inner_batches, outer_batch) -> (state, info)``; leaves of `inner_batches` are ``[k, ...]``."""
 
@@ -48,6 +48,10 @@ def hypergradient(
     state: PyTree | None = None,
 ) -> Estimate:
     """The gradient in `outer` of the outer loss at the solution of the inner problem, which was found in any way.
+
+    Is the outer variable where the inner steps start (MAML, arXiv 1703.03400), let the inner variable be the change
+    from there: losses of ``outer + inner``, and `inner` at zeros. Exact by ``unrolled`` for any optimiser whose update
+    does not read the weights (a weight decay would pull at the change alone).
 
     Args:
         problem: inner and outer loss.
@@ -106,6 +110,9 @@ def bilevel(
     asked to roll back: its copy of the weights and moments shares their memory. Schedules do not count those steps,
     and at the very first iteration, where there was no state to share, the optimiser starts anew.
 
+    The outer variable is held in float32 whatever it comes in (float64 stays): near 1 bfloat16 has steps of 0.004,
+    which swallow the updates of a usual learning rate. The losses get it so; what computes in less casts it there.
+
     Pure and jittable; the caller jits, donates the state, and may build the solver inside the jitted function so that
     what `problem` closes over are traced arguments.
 
@@ -161,7 +168,8 @@ def bilevel(
     def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
         check.inner_axis("inner_params", inner_params, num_inner)
-        inner_params, outer = jax.tree.map(lambda x: jnp.array(x, copy=True), (inner_params, outer))
+        inner_params = jax.tree.map(lambda x: jnp.array(x, copy=True), inner_params)
+        outer = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), outer)
         projected = project(outer)
         check.same_leaves("project(outer)", projected, "the outer variable", outer)
         inner = each(solve.init)(inner_params)

@@ -171,3 +171,14 @@ def test_donating_the_state_deletes_nothing_of_the_user():
     assert not any(w.is_deleted() for w in jax.tree.leaves((net.params, alpha)))
     np.testing.assert_array_equal(net.params["first.kernel"], network().params["first.kernel"])
     assert not jnp.array_equal(state.inner.params["first.kernel"], net.params["first.kernel"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_outer_variable_in_few_bits_moves(dtype):
+    """50 steps of Adam along a constant gradient are 50 learning rates, to rounding; 0.75 + 0.001 is no bfloat16."""
+    problem = Problem(lambda w, o, _: jnp.sum((w - o.astype(dtype)) ** 2), lambda w, o, _: o + 0 * w.astype("float32"))
+    solver = bilevel(problem, hypergrad.first_order(), inner_tx=optax.sgd(0.1), outer_tx=optax.adam(1e-3))
+    state = solver.init(jnp.zeros((), dtype), jnp.asarray(0.75, dtype))
+    state, _ = jax.jit(lambda s: jax.lax.scan(lambda s, _: solver.step(s, jnp.zeros(1), NO_BATCH), s, length=50))(state)
+    assert (state.outer.dtype, state.inner.params.dtype) == ("float32", dtype)
+    assert float(state.outer) == pytest.approx(0.7, abs=1e-5)

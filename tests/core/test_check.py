@@ -123,7 +123,8 @@ def test_variables_must_be_float_arrays(change, message):
 def test_any_float_will_do(dtype):
     solver = solver_of()
     state, _ = jax.jit(solver.step)(solver.init(*variables(dtype)), jnp.zeros(1), NO_BATCH)
-    assert state.inner.params["a"].dtype == state.outer["b"][0].dtype == dtype
+    assert state.inner.params["a"].dtype == dtype
+    assert state.outer["b"][0].dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,8 @@ def test_a_missing_axis_of_inner_steps_is_seen_by_the_ranks(inner, outer, messag
 def test_an_outer_variable_that_nothing_depends_on():
     unused = Problem(lambda w, o, _: jnp.sum(w["a"] ** 2), lambda w, o, _: jnp.sum(w["a"]))
     solver = solver_of(unused)
-    with pytest.raises(AgwmError, match="no loss depends on the outer variable, so its gradient is zero"):
+    message = r"no loss depends on the outer variable, so its gradient is zero: .* \(MAML\), .* inner variable at zeros"
+    with pytest.raises(AgwmError, match=message):
         jax.eval_shape(solver.step, solver.init(*variables()), jnp.zeros(1), NO_BATCH)
 
 

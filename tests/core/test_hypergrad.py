@@ -479,3 +479,27 @@ def test_a_state_of_the_estimator_goes_on_from_call_to_call(x64):
         state = estimate.state
         x = series(0.3, count)(case.hessian, case.outer_gradient(case.solution()))
         np.testing.assert_allclose(estimate.hypergradient, case.hypergradient(case.solution(), x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
+def test_an_outer_variable_where_the_inner_steps_start(x64, tx):
+    """MAML as the docstring of `hypergradient` says it, against reverse mode through the inner steps."""
+    rng = np.random.default_rng(0)
+    x, y = jnp.asarray(rng.normal(size=(4, 6, 3))), jnp.asarray(rng.normal(size=(4, 6)))
+    theta = jnp.asarray(rng.normal(size=3))
+
+    def loss(w, batch):
+        return jnp.mean(jnp.tanh(batch[0] @ w - batch[1]) ** 2)
+
+    def after_steps(theta):
+        w, opt_state = theta, tx.init(theta)
+        for i in range(3):
+            updates, opt_state = tx.update(jax.grad(loss)(w, (x[i], y[i])), opt_state)
+            w = w + updates
+        return loss(w, (x[3], y[3]))
+
+    problem = Problem(*[lambda change, theta, batch: loss(theta + change, batch)] * 2)
+    estimate = hypergradient(
+        problem, hypergrad.unrolled(), jnp.zeros(3), theta, (x[:3], y[:3]), (x[3], y[3]), inner_tx=tx
+    )
+    np.testing.assert_allclose(estimate.hypergradient, jax.grad(after_steps)(theta), rtol=1e-9)
