@@ -49,8 +49,8 @@ def hypergradient(
 ) -> Estimate:
     """The gradient in `outer` of the outer loss at the solution of the inner problem, which was found in any way.
 
-    Is the outer variable where the inner steps start (MAML, arXiv 1703.03400), let the inner variable be the change
-    from there: losses of ``outer + inner``, and `inner` at zeros. Exact by ``unrolled`` for any optimiser whose update
+    Where the inner steps start at the outer variable (MAML, arXiv 1703.03400), let the inner variable be the change
+    from it: losses of ``outer + inner``, and `inner` at zeros. Exact by ``unrolled`` for any optimiser whose update
     does not read the weights (a weight decay would pull at the change alone).
 
     Args:

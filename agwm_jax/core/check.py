@@ -142,6 +142,6 @@ def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: 
     if not of_outer and not uses(problem.inner_loss, jax.tree.map(lambda x: x[0], inner_batches))[1]:
         raise AgwmError(
             "no loss depends on the outer variable, so its gradient is zero: expected inner_loss(inner, outer, batch) "
-            "or outer_loss to use its second argument; is it where the inner steps start (MAML), let the losses take "
+            "or outer_loss to use its second argument. Where the inner steps start at it (MAML), let the losses take "
             "outer + inner, and start the inner variable at zeros."
         )
