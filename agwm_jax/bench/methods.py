@@ -146,16 +146,40 @@ def write_figure(rows: Sequence[Row], path: Path) -> Path:
 def _panels(figure: "Figure", rows: Sequence[Row], tasks: Sequence[str]) -> None:
     headline(figure, "Score (mean and range over seeds) against counted cost")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        own = [row for row in rows if row.task == task]
-        for row in own:
-            mean, cost = statistics.fmean(row.scores), max(row.forward_backwards, 0.5)
-            axes.plot([cost, cost], [min(row.scores), max(row.scores)], color="0.75", linewidth=1, zorder=1)
-            axes.plot(cost, mean, "o", color="tab:blue", markersize=4, zorder=2)
-            axes.annotate(row.method, (cost, mean), xytext=(4, 2), textcoords="offset points", fontsize=6)
-        plain = [statistics.fmean(row.scores) for row in own if row.method == "vanilla"]
-        for score in plain:
+        own = sorted((row for row in rows if row.task == task), key=lambda row: statistics.fmean(row.scores))
+        means = [statistics.fmean(row.scores) for row in own]
+        floor = _floor(means)
+        low = min(score for row, mean in zip(own, means, strict=True) if mean >= floor for score in row.scores)
+        high = max(score for row in own for score in row.scores)
+        for number, (row, mean) in enumerate(zip(own, means, strict=True)):
+            cost, inside = max(row.forward_backwards, 0.5), mean >= floor
+            place = (cost, mean if inside else low)
+            if inside:
+                axes.plot([cost, cost], [min(row.scores), max(row.scores)], color="0.8", linewidth=1, zorder=1)
+            axes.plot(*place, "o" if inside else "v", color="tab:blue", markersize=4, zorder=2)
+            axes.annotate(
+                row.method if inside else f"{row.method} ({mean:.1f})",
+                place,
+                xytext=(1.03, (number + 0.5) / len(own)),  # a column of names beside the panel: no two overlap
+                textcoords="axes fraction",
+                fontsize=6,
+                va="center",
+                arrowprops={"arrowstyle": "-", "color": "0.85", "linewidth": 0.5},
+                annotation_clip=False,
+                zorder=0,
+            )
+        for score in (mean for row, mean in zip(own, means, strict=True) if row.method == "vanilla"):
             axes.axhline(score, color="0.4", linewidth=0.8, linestyle="--", zorder=0)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         axes.set_xscale("log")
         axes.set_xlabel("forward-backwards of a run")
         axes.set_ylabel("score x 100")
         axes.set_title(task, fontsize=9)
+
+
+def _floor(means: Sequence[float]) -> float:
+    """Below it a score would squeeze the others: a triangle at the edge stands for it, and its name tells it."""
+    if len(means) < 4:
+        return min(means)
+    first, _, third = statistics.quantiles(means)
+    return first - 3 * (third - first)

@@ -61,9 +61,8 @@ class Prepared(NamedTuple):
 
     @property
     def table(self) -> Encoded:
-        """The training set, and below it what else the method reads."""
-        encoded = self.draw.encoded
-        return stacked([encoded["train"], *(encoded[name] for name in self.rows)]) if self.rows else encoded["train"]
+        """The training set, and below it what else the method reads; as wide for every seed."""
+        return stacked({name: self.draw.encoded[name] for name in ("train", *self.rows)})
 
     @property
     def train_size(self) -> int:
@@ -182,18 +181,21 @@ def rows_read(names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, range
     return found
 
 
-def stacked(splits: Sequence[Encoded]) -> Encoded:
+def stacked(splits: Mapping[str, Encoded]) -> Encoded:
     """Splits one below the other, at the length of the first, or more where a text of another one needs it."""
-    width = splits[0]["input_ids"].shape[1]
-    for split in splits[1:]:
-        longest = int((split["attention_mask"] * np.arange(1, split["attention_mask"].shape[1] + 1)).max())
+    first, *others = splits
+    width = splits[first]["input_ids"].shape[1]
+    for name in others:
+        mask = splits[name]["attention_mask"]
+        # Which texts are drawn depends on the seed, and the width must not: seeds may share a program.
+        longest = mask.shape[1] if name == "development" else int((mask * np.arange(1, mask.shape[1] + 1)).max())
         width = max(width, math.ceil(longest / MULTIPLE) * MULTIPLE)
 
     def fitted(column: np.ndarray) -> np.ndarray:
         missing = max(0, width - column.shape[1]) if column.ndim > 1 else 0
         return np.pad(column, ((0, 0), (0, missing)))[:, :width] if column.ndim > 1 else column
 
-    return {name: np.concatenate([fitted(split[name]) for split in splits]) for name in splits[0]}
+    return {name: np.concatenate([fitted(split[name]) for split in splits.values()]) for name in splits[first]}
 
 
 def check_length(pretrained: Pretrained, data: Data) -> None:

@@ -10,6 +10,7 @@ from tiny import words
 
 from agwm_jax import fit, load_pretrained
 from agwm_jax.errors import AgwmError
+from agwm_jax.runs.build import build
 from agwm_jax.runs.finished import evaluate, export, load_run
 from agwm_jax.runs.run import train
 from agwm_jax.settings import load_config
@@ -138,3 +139,19 @@ def test_a_run_without_training_is_read_again_but_not_exported(settings, tmp_pat
     with pytest.raises(AgwmError, match="does not score with the model's head"):
         export(folder, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_seeds_that_draw_texts_of_other_lengths_share_a_program(settings, tmp_path):
+    """A development split with the one long text in it, and one without: the tables of both seeds are as wide."""
+    long = " ".join(["the key"] * 14)
+    rows = [f"{long if i == 0 else 'the key'},{'ab'[i % 2]}\n" for i in range(30)]
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(rows))
+    (tmp_path / "held_out.csv").write_text("text,label\n" + "".join(rows[1:]))
+    kept = {name: x for name, x in settings.items() if not name.startswith("task.")}
+    files = {"task.source": "local", "task.files.train": tmp_path / "train.csv", "task.train_size": 12}
+    files |= {"task.files.validation": tmp_path / "held_out.csv", "data.pad_to": 0.9}
+    config = load_config(None, words({**kept, **files, "output": tmp_path / "run"}, "wise_ft"))
+    drawn = build(config, seeds=range(8))
+    longest = {int(one.draw.encoded["development"]["attention_mask"].sum(1).max()) for one in drawn}
+    assert len(longest) > 1
+    assert len({one.table["input_ids"].shape for one in drawn}) == 1
