@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # A file of tests stays in one process: what it compiles is compiled once. A process that dies is not replaced, for
 # xdist 3.8 may then wait for ever (pytest-xdist issue 1378): its test fails, and so does the whole.
-PYTEST_OPTIONS ?= -n 2 --dist loadfile --max-worker-restart 0 --durations 25
+PYTEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 25
 PARITY_OPTIONS ?= --durations 5
 
 .PHONY: help quickstart test parity lint docs ci clean

@@ -37,6 +37,12 @@ assert "agwm_jax" not in sys.modules, "the shapes of the annotations are checked
 install_import_hook("agwm_jax", "beartype.beartype")
 
 REPOSITORY = Path(__file__).parents[1]
+LONG_FILES = ("test_run.py", "test_resume.py", "test_in_the_engine.py", "test_compare.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: started last, one of them would keep a worker busy while the other has nothing to do."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope="session")

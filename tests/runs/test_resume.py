@@ -18,6 +18,7 @@ LONG = {
     "method.search.anchor": 0.1,
     "method.search.num_splits": 2,
     "method.search.epochs": 8,
+    "method.search.leverage": "false",
     "finetune.epochs": 8,
     "run.checkpoint_minutes": 0.001,
 }

@@ -238,7 +238,7 @@ def test_every_method_leaves_by_the_same_door(configure, tmp_path, method):
 
 
 def test_a_seed_alone_and_beside_others_learns_the_same(configure):
-    options = {**SEARCH, "method.search.epochs": 1, "data.pad_to": 0.9}
+    options = {**SEARCH, "method.search.epochs": 1, "method.search.leverage": "false", "data.pad_to": 0.9}
     beside = configure("agwm", {**options, "run.seeds": "[0, 2]", "run.vectorize": "all"}, output="beside")
     alone = configure("agwm", {**options, "run.seed": 2}, output="alone")
     both, one = train_seeds(beside, progress=False), train(alone, progress=False)
