@@ -68,7 +68,8 @@ def verdict(found: Leverage) -> str:
     lower_than_number = (found.number - found.learnt) / abs(found.number)
     losses = f"the validation parts lose {found.learnt:.4f} with it and {found.opened:.4f} with A = 1"
     if lower < MATTERS:
-        return f"The gate did not matter here: {moved}, and {losses}."
+        room = f"; A = {found.best:g} everywhere would give {found.number:.4f}" if lower_than_number <= -MATTERS else ""
+        return f"The gate did not matter here: {moved}, and {losses}{room}."
     if lower_than_number < MATTERS:
         return (
             f"One number would have done: {moved}, and {losses}, but A = {found.best:g} everywhere gives "

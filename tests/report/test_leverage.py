@@ -27,6 +27,7 @@ def records(learnt, opened, number, best=0.5):
         ((0.5, 0.6, 0.501), "One number would have done"),
         ((0.5, 0.6, 0.55), "did matter"),
         ((0.6, 0.5, 0.5), "did not matter"),
+        ((0.72, 0.725, 0.7), "with A = 1; A = 0.5 everywhere would give 0.7000."),
     ],
 )
 def test_the_verdict_goes_by_the_losses(losses, words):
