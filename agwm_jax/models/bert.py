@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from agwm_jax.models.encoder import EncoderClassifier, dense, make_linear, rows_after
+from agwm_jax.models.encoder import EncoderClassifier, rows_after
 from agwm_jax.models.encoder_config import EncoderConfig
 from agwm_jax.models.family import FAMILIES, Family, Options, Row
 from agwm_jax.models.layers import dropout
+from agwm_jax.models.stack import dense, make_linear
 
 
 class BertConfig(EncoderConfig):

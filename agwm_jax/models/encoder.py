@@ -1,60 +1,21 @@
-"""What encoders of BERT's layout share: embedding sum, layers stacked and scanned, pooling, rows of a table."""
+"""What encoders of BERT's layout share: embedding sum, layers, pooling, rows of a table."""
 
 import abc
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from agwm_jax.core.deferred import is_deferred, materialise
 from agwm_jax.core.types import Batch
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.attention import fused_attention, fused_refusal
 from agwm_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
 from agwm_jax.models.family import Options, Row, dense_rows, norm_rows
-from agwm_jax.models.layers import attention, dropout, layer_norm, linear
+from agwm_jax.models.layers import attention, dropout
+from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, norm, over_data, split
 from agwm_jax.models.weights import Weight
-
-_FEW_LAYERS = 6
-"""So many in one turn make a training step of MiniLM 10 to 15 % faster than a scan, and its programs compile one and a
-half times as long; more would make compiling the longer part of a short run."""
-_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-
-def _over_data(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Keep the examples cut over the axis `data` of the mesh that is set (`jax.set_mesh`), if one is.
-
-    Where weights are cut over that axis too, the partitioner may otherwise bring the examples of all devices to the
-    parts of the weights, and not the weights, layer by layer, to the examples.
-    """
-    if "data" not in jax.sharding.get_abstract_mesh().axis_names:
-        return x
-    return lax.with_sharding_constraint(x, PartitionSpec("data"))
-
-
-def split(key: Key[Array, ""] | None, num: int) -> Key[Array, " num"] | list[None]:
-    """`num` keys out of one, or as many None."""
-    return [None] * num if key is None else jax.random.split(key, num)
-
-
-def dense(module: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
-    """``x @ kernel + bias``; a deferred kernel is computed here, and once more in the backward pass instead of kept."""
-    kernel, bias = module.kernel.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has one
-    if not is_deferred(kernel):
-        return linear(x, jnp.asarray(kernel), jnp.asarray(bias))
-    return jax.checkpoint(lambda kernel, bias, x: linear(x, materialise(kernel), bias))(kernel, bias, x)
-
-
-def norm(module: nnx.LayerNorm, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-    """Layer norm with the module's weights."""
-    scale, bias = module.scale.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has both
-    return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), epsilon=module.epsilon)
 
 
 class Embeddings(nnx.Module):
@@ -85,7 +46,7 @@ class Embeddings(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         x = words + self.token_type(types) + self.position(positions)
-        return _over_data(dropout(norm(self.norm, x), self.rate, key))
+        return over_data(dropout(norm(self.norm, x), self.rate, key))
 
 
 class EncoderLayer(nnx.Module):
@@ -123,39 +84,9 @@ class EncoderLayer(nnx.Module):
         attention_key, output_key, ffn_key = split(key, 3)
         rate = self.config.hidden_dropout_prob
         attended = dense(self.attention_output, self.attend(x, bias, key=attention_key, fuse=fuse))
-        x = _over_data(norm(self.attention_norm, x + dropout(attended, rate, output_key)))
+        x = over_data(norm(self.attention_norm, x + dropout(attended, rate, output_key)))
         inner = ACTIVATIONS[self.config.hidden_act](dense(self.intermediate, x))
-        return _over_data(norm(self.output_norm, x + dropout(dense(self.output, inner), rate, ffn_key)))
-
-
-class Encoder(nnx.Module):
-    """All layers in one module whose weights carry a leading layer axis; applied by a scan over that axis."""
-
-    def __init__(self, config: EncoderConfig, *, options: Options, rngs: nnx.Rngs) -> None:
-        @nnx.split_rngs(splits=config.num_hidden_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> EncoderLayer:
-            return EncoderLayer(config, options=options, rngs=rngs)
-
-        self.layers = stack(rngs)
-        self.num_layers = config.num_hidden_layers
-        self.unroll = options.unroll or (self.num_layers if self.num_layers <= _FEW_LAYERS else 1)
-        self.remat = options.remat
-
-    def __call__(
-        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool = False
-    ) -> Float[Array, "b t d"]:
-        graph, weights = nnx.split(self.layers)
-        keys = None if key is None else jax.random.split(key, self.num_layers)
-
-        def layer(x, weights_and_key):
-            weights, key = weights_and_key
-            return nnx.merge(graph, weights)(x, bias, key=key, fuse=fuse), None
-
-        if self.remat != "none":
-            # Layers of one turn could share what they compute again, layers of two turns cannot.
-            layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll > 1)
-        return lax.scan(layer, x, (weights, keys), unroll=self.unroll)[0]
+        return over_data(norm(self.output_norm, x + dropout(dense(self.output, inner), rate, ffn_key)))
 
 
 class EncoderClassifier(nnx.Module):
@@ -174,7 +105,7 @@ class EncoderClassifier(nnx.Module):
         if pooling not in ("cls", "mean"):
             raise AgwmError(f"pooling is {pooling!r}, expected 'cls' or 'mean'.")
         self.embeddings = Embeddings(config, options=options, rngs=rngs)
-        self.encoder = Encoder(config, options=options, rngs=rngs)
+        self.encoder = Stack(EncoderLayer, config, options=options, rngs=rngs)
         self.config = config
         self.pooling = pooling
         self.options = options
@@ -241,27 +172,6 @@ class EncoderClassifier(nnx.Module):
     @abc.abstractmethod
     def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
         """Of the head."""
-
-
-def make_linear(
-    config: EncoderConfig, options: Options, dtype: DTypeLike, rngs: nnx.Rngs, inputs: int, outputs: int
-) -> nnx.Linear:
-    """A dense layer that computes in `dtype`."""
-    init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=options.wide, kernel_init=init, rngs=rngs)
-
-
-def make_norm(config: EncoderConfig, options: Options, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A norm over the width."""
-    # The fast variance, E[x^2] - E[x]^2, loses too many digits for parity with the reference.
-    return nnx.LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        dtype=options.dtype,
-        param_dtype=options.wide,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
 
 
 def _table_row(path: str, name: str, axis: str) -> dict[str, Row]:

@@ -176,16 +176,22 @@ def output_paths(weights: Weights) -> tuple[str, ...]:
 
 
 def dense_rows(
-    path: str, name: str, axes: tuple[str, str], *, depth: int | None = None, role: Role = "kernel"
+    path: str,
+    name: str,
+    axes: tuple[str, str],
+    *,
+    depth: int | None = None,
+    role: Role = "kernel",
+    bias: bool = True,
 ) -> dict[str, Row]:
-    """The two rows of a dense layer, stacked over layers where `depth` is None."""
+    """The rows of a dense layer, stacked over layers where `depth` is None; one alone where it has no bias."""
     stack = (LAYERS,) if depth is None else ()
-    bias = "vector" if axes[1] == "width" else axes[1]
-    bias_role: Role = "head" if role == "head" else "bias"
-    return {
-        f"{path}.kernel": Row(Weight(role, (*stack, *axes), depth), f"{name}.weight", TRANSPOSE),
-        f"{path}.bias": Row(Weight(bias_role, (*stack, bias), depth), f"{name}.bias"),
-    }
+    rows = {f"{path}.kernel": Row(Weight(role, (*stack, *axes), depth), f"{name}.weight", TRANSPOSE)}
+    if bias:
+        axis = "vector" if axes[1] == "width" else axes[1]
+        bias_role: Role = "head" if role == "head" else "bias"
+        rows[f"{path}.bias"] = Row(Weight(bias_role, (*stack, axis), depth), f"{name}.bias")
+    return rows
 
 
 def norm_rows(path: str, name: str, *, depth: int | None = None) -> dict[str, Row]:

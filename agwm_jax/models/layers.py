@@ -87,7 +87,7 @@ def _standardise_jvp(primals, tangents):
 
 
 def linear(
-    x: Float[Array, "*shape d"], kernel: Float[Array, "d n"], bias: Float[Array, "n"]
+    x: Float[Array, "*shape d"], kernel: Float[Array, "d n"], bias: Float[Array, "n"] | None = None
 ) -> Float[Array, "*shape n"]:
     """``x kernel + bias`` in the dtype of `x`.
 
@@ -95,7 +95,9 @@ def linear(
     CPU, before it multiplies that with `x` for the gradient of `kernel`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel.astype(x.dtype) + bias.astype(x.dtype)[None]).reshape(*x.shape[:-1], -1)
+    product = rows @ kernel.astype(x.dtype)
+    product = product if bias is None else product + bias.astype(x.dtype)[None]
+    return product.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:

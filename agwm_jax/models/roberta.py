@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from agwm_jax.models.encoder import EncoderClassifier, make_linear, rows_after, split
+from agwm_jax.models.encoder import EncoderClassifier, rows_after
 from agwm_jax.models.encoder_config import EncoderConfig, is_whole
 from agwm_jax.models.family import FAMILIES, Family, Options, Row
 from agwm_jax.models.layers import dropout
+from agwm_jax.models.stack import make_linear, split
 
 
 @dataclasses.dataclass(frozen=True)
