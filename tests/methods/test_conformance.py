@@ -6,21 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import Runner, pretrained_weights, setup_of, shapes_of, tiny_model, trace_step, training_set
+from short_settings import section
 
 from agwm_jax.methods.interface import METHODS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-# Settings that make a run short; everything else is at its default.
-FIRST = {"epochs": 1, "validation_fraction": 0.4}
-SETTINGS = {
-    "agwm": {"search": {"num_splits": 2, **FIRST}},
-    "recadam": {"gamma": 50.0, "t0": 2.0},
-    "top_k": {"k": 1},
-    "restart": {"first": FIRST},
-    "soup": {"num_splits": 2, "first": FIRST},
-    "model_stock": {"num_runs": 2},
-}
 
 # What some methods are not: these rules are turned round for them.
 WITHOUT_CLASSES = {"zero_shot"}
@@ -34,8 +25,7 @@ def labels_of(name):
 
 
 def build(name, setup):
-    settings = METHODS[name].value.model_validate({"name": name, **SETTINGS.get(name, {})})
-    return settings.build(setup)
+    return METHODS[name].value.model_validate(section(name)).build(setup)
 
 
 @pytest.mark.parametrize("name", METHODS)

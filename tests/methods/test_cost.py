@@ -5,20 +5,13 @@ from fractions import Fraction
 import jax
 import pytest
 from harness import abstract_step, setup_of, shapes_of
+from short_settings import section
 from test_conformance import labels_of
 
 from agwm_jax.core.cost import matmul_flops
 from agwm_jax.methods.interface import METHODS
 
 WIDTH, TOKENS = 256, 256
-SETTINGS = {
-    "agwm": {"search": {"validation_fraction": 0.4}},
-    "recadam": {"gamma": 50.0},
-    "top_k": {"k": 1},
-    "restart": {"first": {"epochs": 1}},
-    "soup": {"num_splits": 2, "first": {"epochs": 1}},
-    "model_stock": {"num_runs": 2},
-}
 # Where the registry names another table: unrolled through one step (4), and the step taken anew.
 ELSEWHERE = {("agwm", "search"): "5"}
 
@@ -28,7 +21,7 @@ def test_a_step_costs_what_the_registry_says(name):
     """In forward-backwards of the model: "1", "2/3 to 1", or one of these for each phase, "fisher: 1; finetune: 1"."""
     shapes = shapes_of(width=WIDTH)  # a head of three, whatever the method: it costs next to nothing
     entry, setup = METHODS[name], setup_of(num_labels=labels_of(name))._replace(shapes=shapes)
-    method = entry.value.model_validate({"name": name, **SETTINGS.get(name, {})}).build(setup)
+    method = entry.value.model_validate(section(name)).build(setup)
     arguments = [
         abstract_step(phase, method.learnt_shapes(shapes, number), tokens=TOKENS, width=WIDTH)
         for number, phase in enumerate(method.phases)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from reference import torch_inputs, torch_logits, torch_model
+from short_settings import section
 from small_models import FIRST, batch_of, build
 from tiny_folders import write_folder
 
@@ -20,25 +21,18 @@ from agwm_jax.models.loss import batch_loss
 
 SMALL = FIRST["bert"]
 EXAMPLES = 40
-SETTINGS = {
-    "agwm": {"search": {"num_splits": 2}},
-    "recadam": {"gamma": 50.0},
-    "top_k": {"k": 1},
-    "model_stock": {"num_runs": 2},
-    "soup": {"num_splits": 2},
-}
 
 
-def setup_of(pretrained) -> Setup:
+def setup_of(model, params) -> Setup:
     def loss(*, reverse_only=False):
-        return batch_loss(pretrained.model.apply, "classification", reverse_only=reverse_only)
+        return batch_loss(model.apply, "classification", reverse_only=reverse_only)
 
     return Setup(
-        model=pretrained.model,
+        model=model,
         loss=loss,
         criterion=loss().criterion,
         kind="classification",
-        shapes={path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in pretrained.params.items()},
+        shapes={path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in params.items()},
         frozen=(),
         finetune=Finetune(),
         batch_size=8,
@@ -71,7 +65,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "zero_shot"])  # a score of pairs, no classifier
 def test_an_export_has_the_logits_of_the_merge_in_plain_transformers(name, pretrained, tmp_path):
-    method = METHODS[name].value.model_validate({"name": name, **SETTINGS.get(name, {})}).build(setup_of(pretrained))
+    method = METHODS[name].value.model_validate(section(name)).build(setup_of(pretrained.model, pretrained.params))
     merged = method.merge(pretrained.params, learnt_by(method, pretrained.params))
     changed = [path for path, x in merged.items() if np.any(np.asarray(x) != pretrained.params[path])]
     assert changed
@@ -89,8 +83,7 @@ def test_lora_is_merged_as_peft_merges_it(r, alpha):
     params = jax.tree.map(jnp.asarray, params)
     changed = {path for path in params if path.endswith(("query.kernel", "value.kernel"))}
     rng = np.random.default_rng(0)
-    setup = setup_of(type("Pretrained", (), {"model": model, "params": params}))
-    method = METHODS["lora"].value(r=r, alpha=alpha).build(setup)
+    method = METHODS["lora"].value(r=r, alpha=alpha).build(setup_of(model, params))
     variables = learnt_by(method, params)
     assert variables["lora"].keys() == changed
     variables["task"] = {path: params[path] for path in variables["task"]}

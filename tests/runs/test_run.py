@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from short_settings import options
 from tiny import words
 
 from agwm_jax.cli import main
@@ -212,20 +213,12 @@ def test_export_gives_the_mixed_model(agwm_run, tmp_path):
     assert np.abs(mixed - ends[1]).max() > 1e-5, "not W alone"
 
 
-SHORT = {
-    "top_k": {"method.k": 1},
-    "recadam": {"method.gamma": 50, "method.t0": 2},
-    "restart": {"method.first.epochs": 1},
-    "soup": {"method.first.epochs": 1, "method.num_splits": 2},
-    "model_stock": {"method.num_runs": 2},
-}
-"""Settings that fit a model of two layers and a run of five steps."""
 ELSEWHERE = {"agwm", "zero_shot"}  # the tests above; a score of pairs, which is no classifier to be exported
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ELSEWHERE])
 def test_every_method_leaves_by_the_same_door(configure, tmp_path, method):
-    config = configure(method, {"finetune.epochs": 1, **SHORT.get(method, {})})
+    config = configure(method, {"finetune.epochs": 1, **options(method)})
     result = train(config, progress=False)
     again = evaluate(folder_of(config))
     assert again["scores"] == pytest.approx(result["scores"]["test"])
