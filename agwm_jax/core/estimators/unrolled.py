@@ -11,6 +11,7 @@ from agwm_jax.core.adjoint import cotangent_of, update_vjp
 from agwm_jax.core.curvature import Hvp
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
 from agwm_jax.core.inner import InnerState
+from agwm_jax.core.scan import scan_keeping
 from agwm_jax.errors import AgwmError
 
 
@@ -71,17 +72,19 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
 
         def backward(adjoint, step):
             cotangent, hypergradient = adjoint
-            (inner, grads, saved), batch = step
+            stack, batch = step
+            inner, grads, saved = steps.restore(stack, batch)
             of_grads, cotangent = update_vjp(update, inner, grads, cotangent)
             hp, jp = curvature.product(problem.inner_loss, inner.params, outer, batch, saved, of_grads, hvp)
             cotangent = InnerState(optax.tree.add(cotangent.params, hp), cotangent.opt_state)
             return (cotangent, optax.tree.add(hypergradient, jp)), None
 
-        after, (losses, steps) = jax.lax.scan(forward, inner, late)
+        steps = scan_keeping(forward, inner, late)
+        after = steps.carry
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
         cotangent = cotangent_of(v, after.opt_state)
-        (_, hypergradient), _ = jax.lax.scan(backward, (cotangent, direct), (steps, late), reverse=True)
-        inner_loss = jnp.mean(jnp.concatenate([early_losses, losses]))
+        (_, hypergradient), _ = jax.lax.scan(backward, (cotangent, direct), (steps.stack, late), reverse=True)
+        inner_loss = jnp.mean(jnp.concatenate([early_losses, steps.ys]))
         return Estimate(hypergradient, after, state, {"inner_loss": inner_loss, "outer_loss": value})
 
     return Estimator(stateless, estimate, forward_mode=hvp != "finite_difference")
