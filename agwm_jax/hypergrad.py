@@ -4,6 +4,7 @@ from agwm_jax.core.adjoint import cotangent_of as cotangent_of
 from agwm_jax.core.adjoint import update_vjp as update_vjp
 from agwm_jax.core.curvature import Curvature as Curvature
 from agwm_jax.core.curvature import Hvp as Hvp
+from agwm_jax.core.curvature import check_hvp as check_hvp
 from agwm_jax.core.estimators.base import ESTIMATORS as ESTIMATORS
 from agwm_jax.core.estimators.base import Estimate as Estimate
 from agwm_jax.core.estimators.base import Estimator as Estimator

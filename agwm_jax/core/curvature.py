@@ -1,18 +1,22 @@
-"""Products with the second derivatives of the inner loss: Hessian or Gauss-Newton, in three ways of taking them."""
+"""Products with the second derivatives of the inner loss: Hessian or Gauss-Newton, in four ways of taking them."""
 
+import contextlib
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
 
 from agwm_jax.core import trees
-from agwm_jax.core.precision import precise
-from agwm_jax.core.types import Batch, Composite, Loss, Scalar, Vector
+from agwm_jax.core.precision import TooNarrow, precise
+from agwm_jax.core.types import Batch, Composite, Loss, Problem, Scalar, Vector
 from agwm_jax.errors import AgwmError
 
-Hvp = Literal["linearize", "jvp", "finite_difference"]
+Hvp = Literal["linearize", "jvp", "finite_difference", "reverse"]
 """How a product with second derivatives is taken, and its cost in fb:
 
 ``"linearize"``: the gradient is linearised once (1 fb, its activations are kept), then 2 fb a product.
@@ -21,12 +25,21 @@ Hvp = Literal["linearize", "jvp", "finite_difference"]
 second-order differentiation, so that any kernel with a gradient will do. Its step has the norm
 ``sqrt((1 + |w|) 64 eps)``, eps that of the narrowest dtype in the computation (Knoll and Keyes 2004, and 64 for what a
 deep network's gradient loses to rounding). Both ends are taken at full matrix precision; below float32 it is refused.
+``"reverse"``: the gradient is differentiated in reverse mode (1 fb, its activations are kept), then 2 fb a product.
+
+What is needed are products with the *transpose* of the gradient's derivatives, ``(d_w F)' p`` and ``(d_o F)' p`` for
+``F = d_w f``. The first three ways take ``d_w (d_w f, d_o f) p`` for it. That is the same where the loss has the
+derivatives of one function. A `jax.custom_vjp` that gives another derivative than its function has (a clipped gradient,
+a straight-through estimator) breaks it for all three, a `jax.lax.stop_gradient` for ``"finite_difference"``, which sees
+what is behind it. Only ``"reverse"`` is right there. `check_hvp` tells.
 """
 
 Curvature = Literal["hessian", "gauss_newton"]
 """``"hessian"``, or its Gauss-Newton part, which is positive semi-definite where the criterion is convex: conjugate
 gradients and Neumann series then cannot diverge for want of convexity. Needs a `Composite` inner loss."""
 
+_TOLERANCE = {"linearize": 1e-3, "finite_difference": 3e-2}
+"""Of `check_hvp`: above what float32 loses to rounding in a deep network."""
 _DIFFERENCE = "hvp='finite_difference'"
 
 
@@ -35,10 +48,18 @@ def check(name: str, hvp: str, curvature: str = "hessian") -> None:
     for option, value, kind in (("hvp", hvp, Hvp), ("curvature", curvature, Curvature)):
         if value not in get_args(kind):
             raise AgwmError(f"{name}({option}={value!r}): expected one of {', '.join(map(repr, get_args(kind)))}.")
+    if (hvp, curvature) == ("reverse", "gauss_newton"):
+        raise AgwmError(
+            f"{name}(hvp='reverse', curvature='gauss_newton'): a Gauss-Newton matrix is its own transpose; take "
+            "hvp='linearize' or 'jvp', or curvature='hessian'."
+        )
 
 
 def linearize(loss: Loss, w: Vector, o: Vector, batch: Batch, hvp: Hvp) -> tuple[Scalar, Vector, Any]:
     """The loss, its gradient in w, and what `product` needs besides the point."""
+    if hvp == "reverse":
+        grads, transpose, value = jax.vjp(lambda w, o: _gradient(loss, w, o, batch), w, o, has_aux=True)
+        return value, grads, transpose
     joint = _joint_gradient(loss, o, batch)
     if hvp == "linearize":
         grads, linear, value = jax.linearize(joint, w, has_aux=True)
@@ -52,7 +73,7 @@ def linearize(loss: Loss, w: Vector, o: Vector, batch: Batch, hvp: Hvp) -> tuple
 
 def product(loss: Loss, w: Vector, o: Vector, batch: Batch, saved: Any, p: Vector, hvp: Hvp) -> tuple[Vector, Vector]:
     """``(H p, J p)``, the derivative of ``w -> (d_w f, d_o f)`` along p; `saved` is what `linearize` returned."""
-    if hvp == "linearize":
+    if hvp in ("linearize", "reverse"):
         return saved(p)
     joint = _joint_gradient(loss, o, batch)
     if hvp == "jvp":
@@ -108,6 +129,54 @@ def _joint_gradient(loss: Loss, o: Vector, batch: Batch):
         return grads, value
 
     return joint
+
+
+def _gradient(loss: Loss, w: Vector, o: Vector, batch: Batch) -> tuple[Vector, Scalar]:
+    value, grads = jax.value_and_grad(loss)(w, o, batch)
+    return grads, value
+
+
+def check_hvp(problem: Problem, inner: Vector, outer: Vector, inner_batch: Batch, *, seed: int = 0) -> dict[str, float]:
+    """How far the products with second derivatives of the inner loss are from the transposed ones, which are meant.
+
+    Warns of the ways that are wrong for this loss, see `Hvp`; the estimator `finite_difference` stands and falls with
+    the hvp of that name. Costs some 10 fb; call it once, outside of `jax.jit`.
+
+    Args:
+        problem: inner and outer loss.
+        inner: the inner variable w; the weights that training starts from serve.
+        outer: the outer variable.
+        inner_batch: one batch, without the axis of inner steps.
+        seed: of the random direction.
+
+    Returns:
+        ``|(H p, J p) - (H' p, J' p)| / |(H' p, J' p)|`` for one random direction p, of ``"linearize"`` (and ``"jvp"``,
+        which is the same) and ``"finite_difference"``, which is left out where the loss computes in less than float32.
+    """
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(inner))))
+    p = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype), inner)
+
+    @partial(jax.jit, static_argnames="hvp")
+    def taken(w: Vector, o: Vector, batch: Batch, p: Vector, hvp: Hvp) -> tuple[Vector, Vector]:
+        _, _, saved = linearize(problem.inner_loss, w, o, batch, hvp)
+        return product(problem.inner_loss, w, o, batch, saved, p, hvp)
+
+    meant = taken(inner, outer, inner_batch, p, hvp="reverse")
+    found: dict[str, float] = {}
+    for hvp in ("linearize", "finite_difference"):
+        with contextlib.suppress(TooNarrow):
+            error = trees.norm(optax.tree.sub(taken(inner, outer, inner_batch, p, hvp=hvp), meant))
+            found[hvp] = float(error / trees.divisor(trees.norm(meant)))
+    wrong = {hvp: error for hvp, error in found.items() if not error <= _TOLERANCE[hvp]}
+    if wrong:
+        listed = ", ".join(f"{hvp!r} by {error:.2g}" for hvp, error in wrong.items())
+        warnings.warn(
+            f"products with second derivatives of the inner loss differ from the transposed ones ({listed} of their "
+            "norm): the loss holds a stop_gradient, or a custom_vjp with another derivative than its function has. "
+            "Take hypergrad.unrolled(hvp='reverse') or implicit(..., hvp='reverse').",
+            stacklevel=2,
+        )
+    return found
 
 
 def _difference_step(w: Vector, p: Vector, eps: float) -> Array:

@@ -10,6 +10,10 @@ from jax.extend.core import jaxpr_as_fun
 from agwm_jax.errors import AgwmError
 
 
+class TooNarrow(AgwmError):
+    """A difference is asked of what computes in less than float32."""
+
+
 class Precise(NamedTuple):
     """A function whose values may be subtracted from each other."""
 
@@ -30,7 +34,7 @@ def precise(name: str, fn: Callable[..., Any], *args: Any) -> Precise:
         args: examples of its arguments.
 
     Raises:
-        AgwmError: it computes in less than float32, where no setting helps.
+        TooNarrow: it computes in less than float32, where no setting helps.
     """
     with jax.default_matmul_precision("highest"):
         closed, out = jax.make_jaxpr(fn, return_shape=True)(*args)
@@ -39,7 +43,7 @@ def precise(name: str, fn: Callable[..., Any], *args: Any) -> Precise:
     eps = max(float(jnp.finfo(dtype).eps) for dtype in floats)
     if eps > jnp.finfo(jnp.float32).eps:
         coarse = max(floats, key=lambda dtype: float(jnp.finfo(dtype).eps))
-        raise AgwmError(
+        raise TooNarrow(
             f"{name} subtracts gradients that are almost equal, and the inner loss computes in {coarse}, where what is "
             "left is rounding: keep weights and computation in float32, or choose an estimator without differences "
             "(hvp='linearize' or 'jvp')."

@@ -122,6 +122,7 @@ TABLE = {
     "first_order": (hypergrad.first_order(), 2),
     "unrolled": (hypergrad.unrolled(), 4),
     "unrolled, jvp": (hypergrad.unrolled(hvp="jvp"), 5),
+    "unrolled, reverse": (hypergrad.unrolled(hvp="reverse"), 4),
     "unrolled, finite_difference": (hypergrad.unrolled(hvp="finite_difference"), 3),
     "finite_difference": (hypergrad.finite_difference(), 4),
     "finite_difference, preconditioned": (hypergrad.finite_difference(precondition="adjoint"), 4),
@@ -150,6 +151,7 @@ FORMULAS = {
         f"gauss_newton {k}": (series(k, curvature="gauss_newton"), 1, 1 + 4 / 3 * (k - 1) + 5 + 2 / 3)
         for k in (1, 3, 5)
     },
+    "reverse 3": (series(3, hvp="reverse"), 1, 1 + 2 * 2 + 4),
     # In every product 1/3 to linearise the model anew; J and the residual then cost a joint and a Gauss-Newton product.
     "gauss_newton 3, jvp": (series(3, hvp="jvp", curvature="gauss_newton"), 1, 1 + 1 + 5 / 3 * 3 + 3),
     "gauss_newton 3, finite_difference": (

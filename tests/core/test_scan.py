@@ -1,4 +1,4 @@
-"""A scan that keeps what differs between its steps alone: its values, and the memory of `unrolled`, which rests on it."""
+"""A scan that keeps what differs between its steps alone: its values, and the memory of `unrolled`."""
 
 import jax
 import jax.numpy as jnp

@@ -75,6 +75,10 @@ def finite_difference(
     where u is the inner optimiser's own update: for Adam this is SAMA (Choe et al. 2023, arXiv 2310.05674), for plain
     gradient descent DARTS, and for any optimiser it tends to ``unrolled(num_steps=1)`` as `radius` goes to 0.
 
+    J is taken for the transpose of the mixed derivative, which it is where the second derivatives of the inner loss are
+    symmetric. Where they are not (`hypergrad.check_hvp` tells) take ``unrolled(num_steps=1, hvp="reverse")``, to
+    which "adjoint" tends elsewhere; a difference has no transpose.
+
     Cost k + 3 fb for k inner steps; memory of a plain step and three vectors. The choice where second-order
     differentiation is impossible or too large. Both ends see the same batch, so the same dropout mask: with masks of
     their own the difference is noise. Both are taken at full matrix precision; below float32 it is refused.

@@ -45,12 +45,15 @@ def implicit(
     Lorraine et al. 2020, arXiv 1911.02590): right where the inner variable is near its optimum, and blind to how it
     came there. In weight mixup give the inner loss an anchor, without which the exact answer is zero.
 
-    Cost, for k inner steps and a solver of n products: ``k + 2n + 4`` fb with ``hvp="linearize"``, ``k + n + 3`` with
-    ``"finite_difference"``, ``k + 2 2/3 n + 4`` with ``"jvp"``. One last application to the solution gives ``J x`` and
-    the residual. With ``curvature="gauss_newton"`` a product costs 4/3 fb, and J stays that of the true loss:
-    ``k + 4/3 n + 5 2/3`` with ``"linearize"``. Memory: the activations of a forward and backward pass are kept for the
-    products (``"linearize"``; of a forward pass for Gauss-Newton), else those of one product at a time; and the
-    solver's vectors.
+    Products assume a symmetric Hessian but with ``hvp="reverse"`` (see `agwm_jax.core.curvature.Hvp`), which conjugate
+    gradients and Nystrom need in any case.
+
+    Cost, for k inner steps and a solver of n products: ``k + 2n + 4`` fb with ``hvp="linearize"`` or ``"reverse"``,
+    ``k + n + 3`` with ``"finite_difference"``, ``k + 2 2/3 n + 4`` with ``"jvp"``. One last application to the solution
+    gives ``J x`` and the residual. With ``curvature="gauss_newton"`` a product costs 4/3 fb, and J stays that of the
+    true loss: ``k + 4/3 n + 5 2/3`` with ``"linearize"``. Memory: the activations of a forward and backward pass are
+    kept for the products (``"linearize"`` and ``"reverse"``; of a forward pass for Gauss-Newton), else those of one
+    product at a time; and the solver's vectors.
 
     Args:
         solver: of ``B x = v``, from `agwm_jax.linear_solve`: `neumann` (K terms: n = K - 1), `conjugate_gradient`,
@@ -59,7 +62,8 @@ def implicit(
         curvature: the matrix of the system; ``"gauss_newton"`` needs a `Composite` inner loss.
         resample: let product i see inner batch ``i mod k`` of the look-ahead instead of the last (Ji et al. 2021,
             stocBiO, arXiv 2010.07962); for solvers that bear a matrix drawn anew each time. Nothing can be
-            linearised once, so not with ``hvp="linearize"``; with ``"finite_difference"`` a product then costs 2 fb.
+            linearised once, so neither with ``hvp="linearize"`` nor with ``"reverse"``; with ``"finite_difference"`` a
+            product then costs 2 fb.
 
     Raises:
         AgwmError: options that do not go together, or at the first trace ``"gauss_newton"`` without a `Composite`.
@@ -75,9 +79,9 @@ def implicit(
             "implicit(resample=True): this solver needs one and the same matrix for all of its products; "
             "use neumann or gradient_descent, or resample=False."
         )
-    if resample and hvp == "linearize":
+    if resample and hvp in ("linearize", "reverse"):
         raise AgwmError(
-            "implicit(resample=True, hvp='linearize'): what is linearised once serves one batch only; "
+            f"implicit(resample=True, hvp={hvp!r}): what is linearised once serves one batch only; "
             "use hvp='jvp' or 'finite_difference'."
         )
 

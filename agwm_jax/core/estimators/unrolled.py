@@ -31,14 +31,16 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
     """Reverse mode through the last k updates of the look-ahead, the optimiser itself included.
 
     The adjoint y of the weights goes back through each update ``w' = w + u(d_w f(w, o))``: through u by reverse mode,
-    through the gradient by forward over reverse, which serves because the joint Hessian is symmetric: one product gives
-    both ``H p`` for the adjoint and ``J p`` for the hypergradient (Kemaev et al. 2025, arXiv 2505.00793). So what
-    is kept for a step is its weights, its optimiser's state and its gradient, and with ``hvp="linearize"`` the
-    linearisation of its gradient (activations of the forward and backward pass, mixed weights); never the graph of an
+    through the gradient by forward over reverse, which serves because the joint Hessian is symmetric (where it is not,
+    see `agwm_jax.core.curvature.Hvp`, take ``hvp="reverse"``): one product gives both ``H p`` for the adjoint and
+    ``J p`` for the hypergradient (Kemaev et al. 2025, arXiv 2505.00793). So what is kept for a step is its weights, its
+    optimiser's state and its gradient, and with ``hvp="linearize"`` the linearisation of its gradient (activations of
+    the forward and backward pass, mixed weights; what all steps share, such as gates, once); never the graph of an
     optimiser's derivative. For many steps of a large model take ``"jvp"``.
 
-    Cost 3k + 1 fb with ``hvp="linearize"``; 4k + 1 with ``"jvp"``, which recomputes each step (rematerialisation) and
-    keeps no activations; 2k + 1 with ``"finite_difference"``. Steps of the look-ahead before the last k cost 1 each.
+    Cost 3k + 1 fb with ``hvp="linearize"`` and ``"reverse"``; 4k + 1 with ``"jvp"``, which recomputes each step
+    (rematerialisation) and keeps no activations; 2k + 1 with ``"finite_difference"``. Earlier steps of the
+    look-ahead cost 1 each.
 
     Exact for what the look-ahead really does, and the right default: it needs no convergence and no step size
     (Franceschi et al. 2017, arXiv 1703.01785; truncated: Shaban et al. 2019, arXiv 1810.10667). Adam's first step is
