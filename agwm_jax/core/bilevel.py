@@ -83,6 +83,8 @@ def hypergradient(
         -2.25
     """
     check.estimator(estimator)
+    if inner_tx is not None:
+        check.optimizer("inner_tx", inner_tx, inner.params if isinstance(inner, InnerState) else inner)
     solve = solved_elsewhere() if inner_tx is None else optimizer_steps(inner_tx)
     start = inner if isinstance(inner, InnerState) else solve.init(inner)
     check.variables(start.params, outer)
@@ -138,9 +140,10 @@ def bilevel(
         variable is lost.
 
     Raises:
-        AgwmError: by ``init``, a variable with a leaf that is no float array; by the first trace of ``step``, a loss
-            that is no scalar, an outer loss that does not depend on the inner variable, an outer variable that no loss
-            depends on, batches without their leading axis, or trees that do not match.
+        AgwmError: by ``init``, a variable with a leaf that is no float array, or an optimiser that needs more than
+            a gradient; by the first trace of ``step``, a loss that is no scalar, an outer loss that does not depend on
+            the inner variable, a leaf of the outer variable that no loss depends on, batches without their leading
+            axis, or trees that do not match.
 
     Example:
         The toy of the DARTS paper; descent along the direct term alone ends at (2, 2), not at the optimum (1, 1).
@@ -168,6 +171,8 @@ def bilevel(
     def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
         check.inner_axis("inner_params", inner_params, num_inner)
+        check.optimizer("inner_tx", inner_tx, inner_params)
+        check.optimizer("outer_tx", outer_tx, outer)
         inner_params = jax.tree.map(lambda x: jnp.array(x, copy=True), inner_params)
         outer = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), outer)
         projected = project(outer)

@@ -23,6 +23,23 @@ def estimator(value: Any) -> None:
         )
 
 
+def optimizer(name: str, tx: Any, params: PyTree) -> None:
+    """It must be an optax transformation that needs nothing but the gradient."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        what = getattr(tx, "__name__", repr(tx))
+        raise AgwmError(f"{name} is {what}: expected an optax optimiser, such as optax.adam(1e-3); is it called?")
+    try:
+        jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), params)
+    except TypeError as error:
+        if "required keyword" not in str(error):
+            raise
+        raise AgwmError(
+            f"{name} wants more than the gradient ({error}), as line searches, L-BFGS and Polyak steps do: take one "
+            "that does with it, such as optax.sgd or adam; or solve the inner problem by it yourself, and call "
+            "hypergradient at the solution."
+        ) from error
+
+
 def variables(inner: PyTree, outer: PyTree) -> None:
     """Every leaf of both variables must be an array of floats."""
     for name, tree in (("inner", inner), ("outer", outer)):
@@ -107,9 +124,10 @@ def scalar_losses(problem: Problem) -> Problem:
             leaves = [jax.typeof(leaf) for leaf in jax.tree.leaves(out)]
             if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
                 got = ", ".join(f"{x.dtype}{list(x.shape)}" for x in leaves) or "nothing"
-                raise AgwmError(
-                    f"the {name} loss returns {got}: expected a float scalar; take the mean over the batch."
-                )
+                remedy = "take the mean over the batch"
+                if leaves and leaves[0].shape == () and len(leaves) > 1:
+                    remedy = "return the loss alone; what goes with it (has_aux) can be computed beside the step"
+                raise AgwmError(f"the {name} loss returns {got}: expected a float scalar; {remedy}.")
             return jax.tree.leaves(out)[0]
 
         return loss
@@ -123,13 +141,13 @@ def scalar_losses(problem: Problem) -> Problem:
 
 
 def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: Batch, outer_batch: Batch) -> None:
-    """The outer loss must depend on the inner variable, and one of the losses on the outer one."""
+    """The outer loss must depend on the inner variable, and one of the losses on every leaf of the outer one."""
 
-    def uses(loss: Loss, batch: Batch) -> tuple[bool, bool]:
+    def uses(loss: Loss, batch: Batch) -> tuple[bool, list[bool]]:
         closed = jax.make_jaxpr(loss)(inner, outer, batch)
         _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
         split = len(jax.tree.leaves(inner))
-        return any(used[:split]), any(used[split : split + len(jax.tree.leaves(outer))])
+        return any(used[:split]), used[split : split + len(jax.tree.leaves(outer))]
 
     of_inner, of_outer = uses(problem.outer_loss, outer_batch)
     if not of_inner:
@@ -138,10 +156,20 @@ def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: 
             "expected outer_loss(inner, outer, batch) to use its first argument; with an outer variable alone, "
             "use jax.grad."
         )
-    # The inner loss is traced only where the question is still open, for tracing a large model takes seconds.
-    if not of_outer and not uses(problem.inner_loss, jax.tree.map(lambda x: x[0], inner_batches))[1]:
+    if all(of_outer):  # the inner loss is traced only where there is a question, for a large model takes seconds
+        return
+    of_inner_loss = uses(problem.inner_loss, jax.tree.map(lambda x: x[0], inner_batches))[1]
+    read = [one or other for one, other in zip(of_outer, of_inner_loss, strict=True)]
+    if not any(read):
         raise AgwmError(
             "no loss depends on the outer variable, so its gradient is zero: expected inner_loss(inner, outer, batch) "
             "or outer_loss to use its second argument. Where the inner steps start at it (MAML), let the losses take "
             "outer + inner, and start the inner variable at zeros."
+        )
+    paths = (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(outer))
+    unread = [path for path, is_read in zip(paths, read, strict=True) if not is_read]
+    if unread:
+        raise AgwmError(
+            f"no loss depends on outer{unread[0]}, so its gradient is zero and it would never move: leave it out of "
+            "the outer variable, or let a loss use it."
         )

@@ -48,6 +48,7 @@ def init_alpha(
     Raises:
         AgwmError: a rank below 1, a negative noise, a start outside [0, 1], an unknown form or path.
     """
+    _check_partition("init_alpha", partition)
     if not isinstance(rank, int) or rank < 1:
         raise AgwmError(f"rank = {rank!r}: expected an integer of 1 or more; for the matrix A itself say gate='full'.")
     if noise < 0:

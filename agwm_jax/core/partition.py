@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +58,13 @@ class Partition(NamedTuple):
         return {path: w if isinstance(w, jax.core.Tracer) else jnp.array(w, copy=True) for path, w in trained.items()}
 
 
-def partition(params: PyTree, *, mixed: str | Sequence[str], frozen: str | Sequence[str] | None = None) -> Partition:
+def partition(
+    params: PyTree,
+    *,
+    mixed: str | Sequence[str],
+    frozen: str | Sequence[str] | None = None,
+    static: str | Sequence[str] | None = None,
+) -> Partition:
     r"""Split a model's weights into frozen (W0), task (W) and mixed paths.
 
     A path is the leaf's keys joined by dots (``"encoder.layers.query.kernel"``). Nothing is computed or copied, also
@@ -66,19 +72,23 @@ def partition(params: PyTree, *, mixed: str | Sequence[str], frozen: str | Seque
 
     Args:
         params: any pytree of arrays: a flat or nested dict (Linen, Haiku), an NNX state, an Equinox module. Leaves
-            that are no floating-point arrays are carried along unchanged.
+            that are no floating-point arrays are carried along unchanged (the key of a dropout layer too: the same
+            masks in every call), and so are the NNX variables that are no `nnx.Param`, such as statistics of a batch
+            norm. Arrays that are tied by being one object must be there once.
         mixed: the weights to mix: a regular expression that must match a whole path (`re.fullmatch`), or the paths
             themselves. Each needs two axes or more, of which the last two are ``[d_in, d_out]`` and the others stack
             layers. A stacked bias looks like that too, so that a pattern may not match a path that ends in ``bias`` or
             ``scale``; listed as a path it is taken.
         frozen: weights that are never trained, likewise; nothing by default.
+        static: floating-point arrays that are no weights, likewise, and are carried along unchanged:
+            ``r"batch_stats\..*"`` of a Linen model.
 
     Returns:
         A `Partition`; ``partition.structure.unflatten(flat)`` gives back the structure of `params`.
 
     Raises:
         AgwmError: a pattern or path that matches nothing, is no regular expression, or matches a weight that cannot be
-            a kernel, or one weight that is both mixed and frozen.
+            a kernel, one weight with two roles, or a trained array that is there twice.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,15 +98,17 @@ def partition(params: PyTree, *, mixed: str | Sequence[str], frozen: str | Seque
         >>> parts.mixed, sorted(parts.task), sorted(parts.frozen)
         (('dense.kernel',), ['dense.bias', 'dense.kernel'], ['dense.kernel'])
     """
-    named, treedef = _named_leaves(params)
+    named, kept, treedef = _named_leaves(params)
     paths = tuple(name for name, _ in named)
     if len(set(paths)) < len(paths):
         twice = sorted({p for p in paths if paths.count(p) > 1})
         raise AgwmError(f"two leaves have the same path: {_listed(twice)}; rename a key so that paths are unique.")
-    weights = {name: x for name, x in named if _is_weight(x)}
+    arrays = {name: x for name, x in named if _is_weight(x) and name not in kept}
+    unchanged = () if static is None else _chosen("static", static, arrays)
+    weights = {name: x for name, x in arrays.items() if name not in unchanged}
     if not weights:
         raise AgwmError("`params` has no floating-point array to train; expected the weights of a model.")
-    static = {name: leaf for name, leaf in named if not _is_weight(leaf)}
+    others = {name: leaf for name, leaf in named if name not in weights}
 
     mixed_paths = _chosen("mixed", mixed, weights)
     frozen_paths = () if frozen is None else _chosen("frozen", frozen, weights)
@@ -111,21 +123,45 @@ def partition(params: PyTree, *, mixed: str | Sequence[str], frozen: str | Seque
                 "axes or more [*layers, d_in, d_out], and only a list of paths may name a bias or scale; narrow the "
                 "pattern to kernels."
             )
-    return Partition(weights, mixed_paths, frozen_paths, Structure(treedef, paths, static))
+    _refuse_tied({path: x for path, x in weights.items() if path not in frozen_paths})
+    return Partition(weights, mixed_paths, frozen_paths, Structure(treedef, paths, others))
 
 
-def _named_leaves(params: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+def _refuse_tied(trained: Mapping[str, Any]) -> None:
+    first: dict[int, str] = {}
+    for path, x in trained.items():
+        if isinstance(x, jax.ShapeDtypeStruct):  # of one shape, which says nothing
+            continue
+        other = first.setdefault(id(x), path)
+        if other != path:
+            raise AgwmError(
+                f"{other!r} and {path!r} are one array, and would be trained apart: leave one of them out of `params` "
+                "and tie them in the loss, or copy one if they are not meant to be tied."
+            )
+
+
+def _named_leaves(params: PyTree) -> tuple[list[tuple[str, Any]], set[str], Any]:
+    """Leaves by path, the paths of NNX variables that are no parameters, and the structure."""
     # An NNX variable is itself a node with one child, which is not part of the name that its user knows.
     nodes, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_nnx_variable)
-    variables = {path for path, node in nodes if _is_nnx_variable(node)}
+    variables = {path: node for path, node in nodes if _is_nnx_variable(node)}
     keyed, treedef = jax.tree_util.tree_flatten_with_path(params)
     short = [(path[:-1] if path[:-1] in variables else path, leaf) for path, leaf in keyed]
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in short], treedef
+    kept = {_dotted(path) for path, node in variables.items() if not _is_nnx(node, "Param")}
+    return [(_dotted(path), leaf) for path, leaf in short], kept, treedef
+
+
+def _dotted(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _is_nnx_variable(node) -> bool:
+    return _is_nnx(node, "Variable")
+
+
+def _is_nnx(node, name: str) -> bool:
     # By name: the core does not import flax.
-    return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(node).__mro__)
+    return any(kind.__name__ == name and kind.__module__.startswith("flax.nnx") for kind in type(node).__mro__)
 
 
 def _is_weight(leaf) -> bool:

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from agwm_jax import ESTIMATORS, AgwmError, Composite, Estimate, Estimator, Problem, bilevel, hypergrad, linear_solve
+from agwm_jax import (
+    ESTIMATORS,
+    AgwmError,
+    Composite,
+    Estimate,
+    Estimator,
+    Problem,
+    bilevel,
+    hypergrad,
+    init_alpha,
+    linear_solve,
+)
 from tests.core.problems import NO_BATCH, darts_toy, estimate_at
 
 NEUMANN = linear_solve.neumann(num_terms=2, step_size=0.1)
@@ -172,7 +183,6 @@ LOSSES = {
     "float32[3]: expected a float scalar": lambda w, o, _: w["a"] ** 2,
     "float32[1]: expected a float scalar": lambda w, o, _: jnp.sum(w["a"], keepdims=True),
     "int32[]: expected a float scalar": lambda w, o, _: jnp.sum(w["a"] > 0),
-    "float32[], float32[]: expected a float scalar": lambda w, o, _: (jnp.sum(w["a"]), jnp.sum(w["a"])),
     "nothing: expected a float scalar": lambda w, o, _: None,
 }
 
@@ -304,3 +314,36 @@ def test_checks_cost_nothing_in_the_program():
     text = jax.jit(solver.step).lower(state, jnp.zeros(1), NO_BATCH).as_text()
     assert "callback" not in text
     assert text.count("stablehlo.while") <= 2  # two scans: the look-ahead and the kept steps
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_tx": optax.adam}, "inner_tx is adam: expected an optax optimiser, such as optax.adam(1e-3)"),
+        ({"outer_tx": optax.sgd}, "outer_tx is sgd: expected an optax optimiser"),
+        ({"inner_tx": optax.lbfgs()}, "inner_tx wants more than the gradient"),
+        ({"outer_tx": optax.polyak_sgd()}, "outer_tx wants more than the gradient"),
+    ],
+)
+def test_optimisers_that_do_with_a_gradient(without_type_checks, options, message):
+    with pytest.raises(AgwmError, match=re.escape(message)):
+        solver_of(**options).init(*variables())
+
+
+def test_an_outer_leaf_that_no_loss_reads():
+    w, o = variables()
+    with pytest.raises(AgwmError, match=re.escape("no loss depends on outer['b'][1], so its gradient is zero")):
+        estimate_at(quadratic(), hypergrad.first_order(), w, {"b": [*o["b"], jnp.ones(2)]})
+    read_by_one = Problem(lambda w, o, _: jnp.sum((w - o[0]) ** 2), lambda w, o, _: jnp.sum(w * o[1]))
+    estimate_at(read_by_one, hypergrad.first_order(), jnp.ones(3), [jnp.ones(3), jnp.ones(3)])
+
+
+def test_a_loss_with_aux():
+    with_aux = Problem(lambda w, o, _: (jnp.sum(w * o), {"logits": w}), lambda w, o, _: jnp.sum(w * o))
+    with pytest.raises(AgwmError, match=r"the inner loss returns float32\[\], float32\[3\]: .* return the loss alone"):
+        estimate_at(with_aux, hypergrad.first_order(), jnp.ones(3), jnp.ones(3))
+
+
+def test_a_gate_without_a_partition(without_type_checks):
+    with pytest.raises(AgwmError, match="init_alpha: partition is a dict, expected what partition"):
+        init_alpha(jax.random.key(0), {"kernel": jnp.ones((2, 2))})

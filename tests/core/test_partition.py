@@ -222,3 +222,37 @@ def test_a_weight_may_be_called_value():
         "attention.query",
         "attention.value",
     )
+
+
+class WithStatistics(nnx.Module):
+    def __init__(self, rngs):
+        self.layer, self.norm = nnx.Linear(3, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+def test_nnx_variables_that_are_no_parameters_are_carried_along():
+    state = nnx.state(WithStatistics(nnx.Rngs(0)))
+    parts = partition(state, mixed=".*kernel")
+    assert set(parts.task) == {"layer.kernel", "layer.bias", "norm.scale", "norm.bias"}
+    rebuilt = mix(parts, {path: x + 1 for path, x in parts.task.items()}, {})
+    for name in ("mean", "var"):
+        np.testing.assert_array_equal(rebuilt["norm"][name][...], state["norm"][name][...])
+
+
+def test_static_arrays_are_carried_along():
+    params = {"params": {"kernel": jnp.ones((2, 2))}, "batch_stats": {"mean": jnp.zeros(2)}}
+    parts = partition(params, mixed=".*kernel", static=r"batch_stats\..*")
+    assert set(parts.task) == {"params.kernel"}
+    rebuilt = mix(parts, {"params.kernel": jnp.zeros((2, 2))}, {})
+    assert rebuilt["batch_stats"]["mean"] is params["batch_stats"]["mean"]
+    assert not rebuilt["params"]["kernel"].any()
+    with pytest.raises(AgwmError, match="`static` = 'stats' matches none of the 2 weights"):
+        partition(params, mixed=".*kernel", static="stats")
+
+
+def test_a_tied_array_would_be_trained_apart():
+    table = jnp.ones((4, 2))
+    params = {"embed": {"table": table}, "head": {"kernel": table}}
+    with pytest.raises(AgwmError, match=r"'embed.table' and 'head.kernel' are one array, and would be trained apart"):
+        partition(params, mixed="head.*")
+    assert partition(params, mixed="head.*", static="embed.*").mixed == ("head.kernel",)
