@@ -65,7 +65,8 @@ def init_alpha(
     alpha: Alpha = {}
     for path, path_key in zip(partition.mixed, jax.random.split(key, len(partition.mixed)), strict=True):
         weight = partition.weights[path]
-        *stack, d_in, d_out = weight.shape
+        shape = partition.matrix_shape(path)
+        *stack, d_in, d_out = shape
         dtype = jnp.promote_types(weight.dtype, jnp.float32)
         if form == "low_rank":
             left_key, right_key = jax.random.split(path_key)
@@ -74,7 +75,7 @@ def init_alpha(
                 right=near_start(right_key, (*stack, rank, d_out), dtype),
             )
         elif isinstance(gate, str):
-            alpha[path] = near_start(path_key, gate_shape(form, weight.shape), dtype)
+            alpha[path] = near_start(path_key, gate_shape(form, shape), dtype)
         elif path in gate:
             alpha[path] = near_start(path_key, gate[path], dtype)
     return project_alpha(alpha) if parametrisation == "projection" else alpha
@@ -108,7 +109,7 @@ def mix(partition: Partition, task: Params, alpha: Alpha, *, complement: Complem
         partition: of the pretrained weights W0 ``[*l, d_in, d_out]``.
         task: task weights W by path.
         alpha: gates by path, in [0, 1]: pairs of factors, or arrays each axis of which divides that of the kernel (one
-            number, one a row, one a head); ``{}`` gives the task weights.
+            number, one a row, one a head), the kernel taken as ``[*l, d_in, d_out]``; ``{}`` gives the task weights.
         complement: ``"convex"`` as above, or ``"factored"``: ``left @ right * W + (1 - left) @ (1 - right) * W0``, what
             the released PyTorch code computes (rank 1 only; its coefficients do not sum to 1).
 
@@ -127,7 +128,7 @@ def mix(partition: Partition, task: Params, alpha: Alpha, *, complement: Complem
         if path not in frozen or path not in task:
             side = "partition does not mix" if path not in frozen else "task weights lack"
             raise AgwmError(f"alpha has a gate for {path!r}, which the {side}: use one `partition` for all.")
-        params[path] = _mixture(path, frozen[path], task[path], factors, complement)
+        params[path] = _mixture(path, partition.matrix_shape(path), frozen[path], task[path], factors, complement)
     return partition.structure.unflatten(params)
 
 
@@ -136,27 +137,35 @@ def _check_partition(name: str, value: Any) -> None:
         raise AgwmError(f"{name}: partition is a {type(value).__name__}, expected what partition(params, ...) returns.")
 
 
-def _mixture(path: str, pretrained: Array, task: Array, factors: LowRank | Array, complement: Complement) -> Array:
+def _mixture(
+    path: str,
+    matrix: tuple[int, ...],
+    pretrained: Array,
+    task: Array,
+    factors: LowRank | Array,
+    complement: Complement,
+) -> Array:
     if isinstance(factors, LowRank) and factors.left.shape[-1] != factors.right.shape[-2]:
         raise AgwmError(
             f"{path!r}: left has rank {factors.left.shape[-1]} and right {factors.right.shape[-2]}; expected one rank, "
             "left [d_in, r] and right [r, d_out]."
         )
     a = gate(factors)
-    fits = a.shape == task.shape if isinstance(factors, LowRank) else gate_fits(a.shape, task.shape)
+    fits = a.shape == matrix if isinstance(factors, LowRank) else gate_fits(a.shape, matrix)
     if not fits or task.shape != pretrained.shape:
         raise AgwmError(
             f"{path!r}: the gate has shape {a.shape}, the task weight {task.shape}, the pretrained {pretrained.shape}; "
             "expected one shape, or in an array's axes a divisor of it: was alpha trained on another model?"
         )
-    a = spread_gate(a, task.shape)
+    shape, pretrained, task = task.shape, pretrained.reshape(matrix), task.reshape(matrix)
+    a = spread_gate(a, matrix)
     if complement == "convex":
-        return (a * task + (1 - a) * pretrained).astype(task.dtype)
+        return (a * task + (1 - a) * pretrained).astype(task.dtype).reshape(shape)
     if not isinstance(factors, LowRank) or factors.left.shape[-1] != 1:
         raise AgwmError(
             f"{path!r}: complement='factored' is defined for rank 1 only (gate low_rank); use complement='convex'."
         )
-    return (a * task + (1 - factors.left) * (1 - factors.right) * pretrained).astype(task.dtype)
+    return (a * task + (1 - factors.left) * (1 - factors.right) * pretrained).astype(task.dtype).reshape(shape)
 
 
 def anchor_penalty(changes: Params, anchor: float | Scalar) -> Scalar:

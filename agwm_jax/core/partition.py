@@ -1,6 +1,7 @@
 """Who is frozen, who is trained and who is mixed: the split of a model's weights by path."""
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,9 +38,18 @@ class Partition(NamedTuple):
     """All of them by path, as `partition` got them."""
     mixed: tuple[str, ...]
     """Paths that have a copy on both sides."""
+    axes: dict[str, str]
+    """Of every mixed path, what its axes were taken for: ``l`` (stacks kernels), ``i`` (input) or ``o`` (output)."""
     fixed: tuple[str, ...]
     """Paths that are never trained."""
     structure: Structure
+
+    def matrix_shape(self, path: str) -> tuple[int, ...]:
+        """``[*l, d_in, d_out]`` of a mixed weight, its input axes counted as one, and its output axes."""
+        shape, axes = self.weights[path].shape, self.axes[path]
+        stack = axes.count("l")
+        inputs = stack + axes.count("i")
+        return (*shape[:stack], math.prod(shape[stack:inputs]), math.prod(shape[inputs:]))
 
     @property
     def frozen(self) -> Params:
@@ -64,6 +74,7 @@ def partition(
     mixed: str | Sequence[str],
     frozen: str | Sequence[str] | None = None,
     static: str | Sequence[str] | None = None,
+    axes: Mapping[str, str] | None = None,
 ) -> Partition:
     r"""Split a model's weights into frozen (W0), task (W) and mixed paths.
 
@@ -77,11 +88,14 @@ def partition(
             norm. Arrays that are tied by being one object must be there once.
         mixed: the weights to mix: a regular expression that must match a whole path (`re.fullmatch`), or the paths
             themselves. Each needs two axes or more, of which the last two are ``[d_in, d_out]`` and the others stack
-            layers. A stacked bias looks like that too, so that a pattern may not match a path that ends in ``bias`` or
-            ``scale``; listed as a path it is taken.
+            layers, unless `axes` says otherwise. A stacked bias looks like that too, so that a pattern may not match a
+            path that ends in ``bias`` or ``scale``; listed as a path it is taken.
         frozen: weights that are never trained, likewise; nothing by default.
         static: floating-point arrays that are no weights, likewise, and are carried along unchanged:
             ``r"batch_stats\..*"`` of a Linen model.
+        axes: what the axes of mixed weights are, by pattern or path: a letter each, ``l`` for those that stack
+            kernels, ``i`` for their input, ``o`` for their output, in this order. ``"ioo"`` is a kernel
+            ``[d, heads, d_head]`` that makes the heads, ``"iio"`` one that reads them, ``"iiio"`` a convolution.
 
     Returns:
         A `Partition`; ``partition.structure.unflatten(flat)`` gives back the structure of `params`.
@@ -123,8 +137,17 @@ def partition(
                 "axes or more [*layers, d_in, d_out], and only a list of paths may name a bias or scale; narrow the "
                 "pattern to kernels."
             )
+    named_axes = {path: "l" * (weights[path].ndim - 2) + "io" for path in mixed_paths}
+    for pattern, letters in (axes or {}).items():
+        for path in _chosen("axes", pattern if pattern not in weights else [pattern], mixed_paths):
+            if len(letters) != weights[path].ndim or not re.fullmatch("l*i+o+", letters):
+                raise AgwmError(
+                    f"axes: {path!r} of shape {weights[path].shape} has axes {letters!r}; expected a letter for each, "
+                    "first l (stacked), then i (input), then o (output), such as 'ioo' for [d, heads, d_head]."
+                )
+            named_axes[path] = letters
     _refuse_tied({path: x for path, x in weights.items() if path not in frozen_paths})
-    return Partition(weights, mixed_paths, frozen_paths, Structure(treedef, paths, others))
+    return Partition(weights, mixed_paths, named_axes, frozen_paths, Structure(treedef, paths, others))
 
 
 def _refuse_tied(trained: Mapping[str, Any]) -> None:

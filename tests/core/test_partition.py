@@ -256,3 +256,41 @@ def test_a_tied_array_would_be_trained_apart():
     with pytest.raises(AgwmError, match=r"'embed.table' and 'head.kernel' are one array, and would be trained apart"):
         partition(params, mixed="head.*")
     assert partition(params, mixed="head.*", static="embed.*").mixed == ("head.kernel",)
+
+
+KERNELS = {
+    "query": jnp.ones((6, 2, 3)),
+    "out": jnp.ones((2, 3, 6)),
+    "conv": jnp.ones((3, 3, 2, 4)),
+    "dense": jnp.ones((5, 6, 2)),
+}
+AXES = {"query": "ioo", "out": "iio", "conv": "iiio"}
+
+
+def test_axes_say_which_are_input_and_which_output():
+    """Of Flax's attention and convolutions; a gate of rank 1 is then an outer product of inputs and outputs."""
+    parts = partition(KERNELS, mixed=".*", axes=AXES)
+    assert parts.axes == {"query": "ioo", "out": "iio", "conv": "iiio", "dense": "lio"}
+    alpha = init_alpha(jax.random.key(0), parts, start=0.5)
+    shapes = {path: (factors.left.shape, factors.right.shape) for path, factors in alpha.items()}
+    assert shapes == {
+        "conv": ((18, 1), (1, 4)),
+        "dense": ((5, 6, 1), (5, 1, 2)),
+        "out": ((6, 1), (1, 6)),
+        "query": ((6, 1), (1, 6)),
+    }
+    mixed = mix(parts, {path: jnp.zeros_like(w) for path, w in KERNELS.items()}, alpha)
+    for path, kernel in KERNELS.items():
+        gate = np.asarray(alpha[path].left) * np.asarray(alpha[path].right)
+        np.testing.assert_allclose(mixed[path], 1 - gate.reshape(kernel.shape), rtol=1e-6)
+    rows = init_alpha(jax.random.key(0), parts, gate="row", start=0.5)
+    assert rows["conv"].shape == (18, 1)
+    assert mix(parts, parts.task, rows)["conv"].shape == (3, 3, 2, 4)
+
+
+@pytest.mark.parametrize("letters", ["io", "oii", "lll", "iii", "abc"])
+def test_axes_that_make_no_matrix(letters):
+    with pytest.raises(
+        AgwmError, match=rf"'query' of shape \(6, 2, 3\) has axes '{letters}'; expected a letter for each"
+    ):
+        partition(KERNELS, mixed=".*", axes={"query": letters})
