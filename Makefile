@@ -1,5 +1,6 @@
 # quickstart: train on the embedded default and plot it     test: run the tests     parity: compare with PyTorch
-# lint: style, types, layers     docs: build the site     ci: all that is checked     clean: remove what these made
+# lint: style, types, layers     docs: build the site     ci: all that is checked
+# mpnet: fetch all-mpnet-base-v2 (404 MB)     clean: remove what these made
 # PYTHON=/path/to/python3.12 make ... takes that Python. PYTEST_OPTIONS="-n 0 -k config" replaces the options of pytest.
 
 SHELL := /bin/bash
@@ -16,10 +17,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PYTEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 25
 PARITY_OPTIONS ?= --durations 5
 
-.PHONY: help quickstart test parity lint docs ci clean
+.PHONY: help quickstart test parity lint mpnet docs ci clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 quickstart: $(VENV)/.train
 	$(BIN)/python experiments/compare_methods.py --config configs/agreement.yaml --methods vanilla agwm --seeds 0 1 \
@@ -36,6 +37,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# All-mpnet-base-v2, a larger encoder than the embedded one: 404 MB.
+mpnet: $(VENV)/.train
+	$(BIN)/python experiments/fetch_mpnet.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
