@@ -23,6 +23,8 @@ def update_vjp(
 ) -> tuple[Vector, InnerState]:
     """Transposed Jacobian of an update, of its gradient and its state, times a cotangent of its result.
 
+    ``update(state, grads)`` may take for `grads` any tree of arrays, such as a pair of gradient and outer variable.
+
     Cotangents of an optimiser's state hold None where it has no floats (a step count): see `float_leaves`. No loss is
     evaluated: what this costs grows with the weights, not with the batch.
 

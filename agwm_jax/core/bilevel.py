@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from agwm_jax.core import check, trees
 from agwm_jax.core.estimators.base import Estimate, Estimator
-from agwm_jax.core.inner import InnerSolve, InnerState, optimizer_steps, solved_elsewhere
+from agwm_jax.core.inner import InnerOptimizer, InnerSolve, InnerState, optimizer_steps, solved_elsewhere
 from agwm_jax.core.types import Batch, Info, Problem, Vector
 from agwm_jax.errors import AgwmError
 
@@ -44,7 +44,7 @@ def hypergradient(
     inner_batches: Batch,
     outer_batch: Batch,
     *,
-    inner_tx: optax.GradientTransformation | None = None,
+    inner_tx: InnerOptimizer | None = None,
     state: PyTree | None = None,
 ) -> Estimate:
     """The gradient in `outer` of the outer loss at the solution of the inner problem, which was found in any way.
@@ -61,7 +61,8 @@ def hypergradient(
         outer: the outer variable.
         inner_batches: what the inner loss is taken on; leaves ``[k, ...]``. A solution on one batch has k = 1.
         outer_batch: what the outer loss is taken on.
-        inner_tx: None: `inner` is the solution. An optimiser: k steps of it, one a batch, are the solve.
+        inner_tx: None: `inner` is the solution. An optimiser, or a function of the outer variable that returns one
+            (see `bilevel`): k steps of it, one a batch, are the solve.
         state: of the estimator, what the estimate before returned as ``state``; None: it starts anew.
 
     Returns:
@@ -84,9 +85,9 @@ def hypergradient(
     """
     check.estimator(estimator)
     if inner_tx is not None:
-        check.optimizer("inner_tx", inner_tx, inner.params if isinstance(inner, InnerState) else inner)
+        check.optimizer("inner_tx", inner_tx, inner.params if isinstance(inner, InnerState) else inner, outer)
     solve = solved_elsewhere() if inner_tx is None else optimizer_steps(inner_tx)
-    start = inner if isinstance(inner, InnerState) else solve.init(inner)
+    start = inner if isinstance(inner, InnerState) else solve.init(inner, outer)
     check.variables(start.params, outer)
     state = estimator.init(start, outer) if state is None else state
     return _estimate(problem, estimator, solve, start, outer, inner_batches, outer_batch, state)
@@ -96,7 +97,7 @@ def bilevel(
     problem: Problem,
     estimator: Estimator,
     *,
-    inner_tx: optax.GradientTransformation,
+    inner_tx: InnerOptimizer,
     outer_tx: optax.GradientTransformation,
     project: Callable[[Vector], Vector] = lambda outer: outer,
     rollback: Rollback = False,
@@ -121,7 +122,9 @@ def bilevel(
     Args:
         problem: inner and outer loss.
         estimator: an estimator of `agwm_jax.hypergrad`, called: ``hypergrad.unrolled()``.
-        inner_tx: optimiser of the inner variable; differentiated through by ``unrolled``.
+        inner_tx: optimiser of the inner variable, differentiated through by ``unrolled``; or a function
+            ``outer -> optimiser``: learning rates (one, or one a weight), weight decay, momentum are then outer
+            variables like any other, exact by ``unrolled``, and refused by the other estimators.
         outer_tx: optimiser of the outer variable, fed with the hypergradient.
         project: applied to the outer variable at the start and after every update.
         rollback: see above.
@@ -171,13 +174,13 @@ def bilevel(
     def init(inner_params: PyTree, outer: PyTree) -> BilevelState:
         check.variables(inner_params, outer)
         check.inner_axis("inner_params", inner_params, num_inner)
-        check.optimizer("inner_tx", inner_tx, inner_params)
+        check.optimizer("inner_tx", inner_tx, inner_params, outer)
         check.optimizer("outer_tx", outer_tx, outer)
         inner_params = jax.tree.map(lambda x: jnp.array(x, copy=True), inner_params)
         outer = jax.tree.map(lambda x: jnp.array(x, jnp.promote_types(x.dtype, jnp.float32), copy=True), outer)
         projected = project(outer)
         check.same_leaves("project(outer)", projected, "the outer variable", outer)
-        inner = each(solve.init)(inner_params)
+        inner = each(solve.init, (0, None))(inner_params, projected)
         own = each(estimator.init, (0, None))(inner, projected)
         return BilevelState(inner, projected, outer_tx.init(projected), own)
 
@@ -237,7 +240,8 @@ def _estimate(
     """The estimate of a problem that was looked over, with the norm in its info."""
     check.inner_batches(inner_batches, outer_batch)
     problem = check.scalar_losses(problem)
-    check.dependencies(problem, inner.params, outer, inner_batches, outer_batch)
+    check.through_optimizer(estimator, solve)
+    check.dependencies(problem, solve, inner, outer, inner_batches, outer_batch)
     estimate = estimator.estimate(problem, solve, inner, outer, inner_batches, outer_batch, state)
     check.same_leaves("the estimator's hypergradient", estimate.hypergradient, "the outer variable", outer)
     return estimate._replace(info={**estimate.info, "hypergradient_norm": trees.norm(estimate.hypergradient)})

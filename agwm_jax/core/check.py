@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from agwm_jax.core.estimators.base import Estimator
+from agwm_jax.core.inner import InnerSolve, InnerState
 from agwm_jax.core.types import Batch, Composite, Loss, Problem, Vector
 from agwm_jax.errors import AgwmError
 
@@ -23,21 +25,33 @@ def estimator(value: Any) -> None:
         )
 
 
-def optimizer(name: str, tx: Any, params: PyTree) -> None:
-    """It must be an optax transformation that needs nothing but the gradient."""
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+def optimizer(name: str, tx: Any, params: PyTree, outer: PyTree = None) -> None:
+    """An optax transformation, or where `outer` is given a function of it that returns one, which asks for no more
+    than the gradient."""
+    of_outer = outer is not None and callable(tx) and not isinstance(tx, optax.GradientTransformation)
+    if not of_outer and not isinstance(tx, optax.GradientTransformation):
         what = getattr(tx, "__name__", repr(tx))
         raise AgwmError(f"{name} is {what}: expected an optax optimiser, such as optax.adam(1e-3); is it called?")
+
+    def update(params: PyTree, outer: PyTree) -> Any:
+        made = tx(outer) if of_outer else tx
+        return made.update(params, made.init(params), params)
+
     try:
-        jax.eval_shape(lambda params: tx.update(params, tx.init(params), params), params)
-    except TypeError as error:
-        if "required keyword" not in str(error):
-            raise
-        raise AgwmError(
-            f"{name} wants more than the gradient ({error}), as line searches, L-BFGS and Polyak steps do: take one "
-            "that does with it, such as optax.sgd or adam; or solve the inner problem by it yourself, and call "
-            "hypergradient at the solution."
-        ) from error
+        jax.eval_shape(update, params, outer)
+    except (TypeError, AttributeError) as error:
+        if "required keyword" in str(error):
+            raise AgwmError(
+                f"{name} wants more than the gradient ({error}), as line searches, L-BFGS and Polyak steps do: take "
+                "one that does with it, such as optax.sgd or adam; or solve the inner problem by it yourself, and call "
+                "hypergradient at the solution."
+            ) from error
+        if of_outer:
+            raise AgwmError(
+                f"{name} is the function {getattr(tx, '__name__', repr(tx))}, which makes no optimiser of the outer "
+                f"variable ({error}): expected an optax optimiser, called, or a function outer -> optimiser."
+            ) from error
+        raise
 
 
 def variables(inner: PyTree, outer: PyTree) -> None:
@@ -77,6 +91,15 @@ def num_inner(number: int | None) -> None:
     if number is not None and (not isinstance(number, int) or number < 1):
         raise AgwmError(
             f"num_inner = {number!r}: expected an integer of 1 or more, or None for a single inner problem."
+        )
+
+
+def through_optimizer(estimator: Estimator, solve: InnerSolve) -> None:
+    """An optimiser that is a function of the outer variable needs an estimator that differentiates it."""
+    if solve.reads_outer and not estimator.through_optimizer:
+        raise AgwmError(
+            "inner_tx is a function of the outer variable, and this estimator differentiates no steps of an optimiser, "
+            "so that what the optimiser makes of it would get no gradient: use hypergrad.unrolled()."
         )
 
 
@@ -140,14 +163,22 @@ def scalar_losses(problem: Problem) -> Problem:
     return Problem(wrapped("inner", problem.inner_loss), wrapped("outer", problem.outer_loss))
 
 
-def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: Batch, outer_batch: Batch) -> None:
-    """The outer loss must depend on the inner variable, and one of the losses on every leaf of the outer one."""
+def dependencies(
+    problem: Problem,
+    solve: InnerSolve,
+    inner: InnerState,
+    outer: Vector,
+    inner_batches: Batch,
+    outer_batch: Batch,
+) -> None:
+    """The outer loss must depend on the inner variable, and a loss or the optimiser on every leaf of the outer one."""
 
-    def uses(loss: Loss, batch: Batch) -> tuple[bool, list[bool]]:
-        closed = jax.make_jaxpr(loss)(inner, outer, batch)
-        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True])
-        split = len(jax.tree.leaves(inner))
-        return any(used[:split]), used[split : split + len(jax.tree.leaves(outer))]
+    num_inner, num_outer = (len(jax.tree.leaves(x)) for x in (inner.params, outer))
+
+    def uses(fn: Callable[..., Any], batch: Any) -> tuple[bool, list[bool]]:
+        closed = jax.make_jaxpr(fn)(inner.params, outer, batch)
+        _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+        return any(used[:num_inner]), used[num_inner : num_inner + num_outer]
 
     of_inner, of_outer = uses(problem.outer_loss, outer_batch)
     if not of_inner:
@@ -158,11 +189,14 @@ def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: 
         )
     if all(of_outer):  # the inner loss is traced only where there is a question, for a large model takes seconds
         return
-    of_inner_loss = uses(problem.inner_loss, jax.tree.map(lambda x: x[0], inner_batches))[1]
-    read = [one or other for one, other in zip(of_outer, of_inner_loss, strict=True)]
+    readers = [of_outer, uses(problem.inner_loss, jax.tree.map(lambda x: x[0], inner_batches))[1]]
+    if solve.update is not None and solve.reads_outer:
+        update = solve.update
+        readers.append(uses(lambda grads, outer, state: update(state, grads, outer), inner)[1])
+    read = [any(uses) for uses in zip(*readers, strict=True)]
     if not any(read):
         raise AgwmError(
-            "no loss depends on the outer variable, so its gradient is zero: expected inner_loss(inner, outer, batch) "
+            "nothing depends on the outer variable, so its gradient is zero: expected inner_loss(inner, outer, batch) "
             "or outer_loss to use its second argument. Where the inner steps start at it (MAML), let the losses take "
             "outer + inner, and start the inner variable at zeros."
         )
@@ -170,6 +204,6 @@ def dependencies(problem: Problem, inner: Vector, outer: Vector, inner_batches: 
     unread = [path for path, is_read in zip(paths, read, strict=True) if not is_read]
     if unread:
         raise AgwmError(
-            f"no loss depends on outer{unread[0]}, so its gradient is zero and it would never move: leave it out of "
+            f"nothing depends on outer{unread[0]}, so its gradient is zero and it would never move: leave it out of "
             "the outer variable, or let a loss use it."
         )

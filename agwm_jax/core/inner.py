@@ -1,7 +1,7 @@
 """How the inner problem is solved: by steps of an optimiser, or elsewhere."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 
 from agwm_jax.core.types import Batch, Loss, Scalar, Vector
 from agwm_jax.errors import AgwmError
+
+InnerOptimizer: TypeAlias = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
+"""An optimiser, or a function of the outer variable that returns one."""
 
 
 class InnerState(NamedTuple):
@@ -25,15 +28,17 @@ class InnerSolve(NamedTuple):
     Made by `optimizer_steps` or `solved_elsewhere`.
     """
 
-    init: Callable[[Vector], InnerState]
-    """``init(params) -> state``."""
+    init: Callable[[Vector, Vector], InnerState]
+    """``init(params, outer) -> state``."""
     run: Callable[[Loss, InnerState, Vector, Batch], tuple[InnerState, Float[Array, " k"]]]
     """``run(loss, state, outer, batches) -> (state, losses [k])``; leaves of `batches` are ``[k, ...]``."""
-    update: Callable[[InnerState, Vector], InnerState] | None
-    """``update(state, grads) -> state``, one step with a gradient that is at hand: what is differentiated through.
-    None where there are no steps."""
+    update: Callable[[InnerState, Vector, Vector], InnerState] | None
+    """``update(state, grads, outer) -> state``, one step with a gradient that is at hand: what is differentiated
+    through. None where there are no steps."""
+    reads_outer: bool = False
+    """Whether `update` depends on the outer variable."""
 
-    def require_update(self, needed_by: str) -> Callable[[InnerState, Vector], InnerState]:
+    def require_update(self, needed_by: str) -> Callable[[InnerState, Vector, Vector], InnerState]:
         """`update`, for an estimator that cannot do without.
 
         Raises:
@@ -47,25 +52,35 @@ class InnerSolve(NamedTuple):
         return self.update
 
 
-def optimizer_steps(tx: optax.GradientTransformation) -> InnerSolve:
-    """k steps of an optimiser, one a batch; k fb."""
+def optimizer_steps(tx: InnerOptimizer) -> InnerSolve:
+    """k steps of an optimiser, one a batch; k fb.
 
-    def init(params: Vector) -> InnerState:
-        return InnerState(params, tx.init(params))
+    Args:
+        tx: an optax optimiser, or a function ``tx(outer)`` that returns one: learning rates, weight decay or momentum
+            are then part of the outer variable.
+    """
+    reads_outer = not isinstance(tx, optax.GradientTransformation)
+
+    def at(outer: Vector) -> optax.GradientTransformation:
+        return tx if isinstance(tx, optax.GradientTransformation) else tx(outer)
+
+    def init(params: Vector, outer: Vector) -> InnerState:
+        return InnerState(params, at(outer).init(params))
 
     def run(loss: Loss, inner: InnerState, outer: Vector, batches: Batch) -> tuple[InnerState, Float[Array, " k"]]:
-        return inner_steps(loss, tx, inner, outer, batches)
+        return inner_steps(loss, at(outer), inner, outer, batches)
 
-    def update(inner: InnerState, grads: Vector) -> InnerState:
-        return apply_gradient(tx, inner, grads)
+    def update(inner: InnerState, grads: Vector, outer: Vector) -> InnerState:
+        return apply_gradient(at(outer), inner, grads)
 
-    return InnerSolve(init, run, update)
+    return InnerSolve(init, run, update, reads_outer)
 
 
 def solved_elsewhere() -> InnerSolve:
     """No steps at all: the inner variable is the user's own solution; k/3 fb for its losses."""
 
-    def init(params: Vector) -> InnerState:
+    def init(params: Vector, outer: Vector) -> InnerState:
+        del outer
         return InnerState(params, ())
 
     def run(loss: Loss, inner: InnerState, outer: Vector, batches: Batch) -> tuple[InnerState, Float[Array, " k"]]:

@@ -1,5 +1,7 @@
 """Reverse mode through one update of any optimiser: against differences of the update, and where that has a kink."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from agwm_jax.hypergrad import InnerState, cotangent_of, optimizer_steps, update_vjp
+from agwm_jax.core.inner import apply_gradient
+from agwm_jax.hypergrad import InnerState, cotangent_of, update_vjp
 
 OPTIMIZERS = {
     "adam": optax.adam(0.1),
@@ -35,16 +38,14 @@ def gradients(seed, zeros=True):
 
 def adjoint_and_difference(tx, inner, grads):
     """Of ``c . weights after the update`` in the gradient: ours, and by central differences."""
-    solve, c = optimizer_steps(tx), gradients(9, zeros=False)
+    update, c = partial(apply_gradient, tx), gradients(9, zeros=False)
     found, _ = jax.jit(
-        lambda inner, grads: update_vjp(
-            solve.update, inner, grads, cotangent_of(c, solve.update(inner, grads).opt_state)
-        )
+        lambda inner, grads: update_vjp(update, inner, grads, cotangent_of(c, update(inner, grads).opt_state))
     )(inner, grads)
 
     @jax.jit
     def value(flat):
-        after = solve.update(inner, unravel(flat)).params
+        after = update(inner, unravel(flat)).params
         return sum(jnp.vdot(c[name], after[name]) for name in c)
 
     flat, unravel = ravel_pytree(grads)
@@ -81,7 +82,7 @@ def test_a_warm_update_is_differentiated_exactly(x64, name):
     params = gradients(1, zeros=False)
     inner = InnerState(params, tx.init(params))
     for seed in (2, 3):
-        inner = optimizer_steps(tx).update(inner, gradients(seed, zeros=False))
+        inner = apply_gradient(tx, inner, gradients(seed, zeros=False))
     found, expected = adjoint_and_difference(tx, inner, gradients(0))
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-8)
     assert np.all(np.abs(found["rows"][1]) > 1e-6)
@@ -90,15 +91,15 @@ def test_a_warm_update_is_differentiated_exactly(x64, name):
 def test_the_cotangents_of_the_state(x64):
     """Two updates in reverse: what flows through the moments, against differences in the first gradient."""
     tx, first, second = optax.adamw(0.1), gradients(2, zeros=False), gradients(3)
-    solve, c, params = optimizer_steps(tx), gradients(9, zeros=False), gradients(1, zeros=False)
+    update, c, params = partial(apply_gradient, tx), gradients(9, zeros=False), gradients(1, zeros=False)
     start = InnerState(params, tx.init(params))
-    middle = solve.update(start, first)
-    end = solve.update(middle, second)
-    _, cotangent = update_vjp(solve.update, middle, second, cotangent_of(c, end.opt_state))
-    found, of_start = update_vjp(solve.update, start, first, cotangent)
+    middle = update(start, first)
+    end = update(middle, second)
+    _, cotangent = update_vjp(update, middle, second, cotangent_of(c, end.opt_state))
+    found, of_start = update_vjp(update, start, first, cotangent)
 
     def value(grads, params):
-        after = solve.update(solve.update(InnerState(params, start.opt_state), grads), second).params
+        after = update(update(InnerState(params, start.opt_state), grads), second).params
         return sum(jnp.vdot(c[name], after[name]) for name in c)
 
     expected = jax.grad(value, argnums=(0, 1))(first, params)  # no coordinate of the first gradient is 0

@@ -258,7 +258,7 @@ def test_a_missing_axis_of_inner_steps_is_seen_by_the_ranks(inner, outer, messag
 def test_an_outer_variable_that_nothing_depends_on():
     unused = Problem(lambda w, o, _: jnp.sum(w["a"] ** 2), lambda w, o, _: jnp.sum(w["a"]))
     solver = solver_of(unused)
-    message = r"no loss depends on the outer variable, so its gradient is zero: .* \(MAML\), .* inner variable at zeros"
+    message = r"nothing depends on the outer variable, so its gradient is zero: .* \(MAML\), .* inner variable at zeros"
     with pytest.raises(AgwmError, match=message):
         jax.eval_shape(solver.step, solver.init(*variables()), jnp.zeros(1), NO_BATCH)
 
@@ -319,7 +319,8 @@ def test_checks_cost_nothing_in_the_program():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner_tx": optax.adam}, "inner_tx is adam: expected an optax optimiser, such as optax.adam(1e-3)"),
+        ({"inner_tx": optax.adam}, "inner_tx is the function adam, which makes no optimiser of the outer variable"),
+        ({"inner_tx": None}, "inner_tx is None: expected an optax optimiser, such as optax.adam(1e-3)"),
         ({"outer_tx": optax.sgd}, "outer_tx is sgd: expected an optax optimiser"),
         ({"inner_tx": optax.lbfgs()}, "inner_tx wants more than the gradient"),
         ({"outer_tx": optax.polyak_sgd()}, "outer_tx wants more than the gradient"),
@@ -332,7 +333,7 @@ def test_optimisers_that_do_with_a_gradient(without_type_checks, options, messag
 
 def test_an_outer_leaf_that_no_loss_reads():
     w, o = variables()
-    with pytest.raises(AgwmError, match=re.escape("no loss depends on outer['b'][1], so its gradient is zero")):
+    with pytest.raises(AgwmError, match=re.escape("nothing depends on outer['b'][1], so its gradient is zero")):
         estimate_at(quadratic(), hypergrad.first_order(), w, {"b": [*o["b"], jnp.ones(2)]})
     read_by_one = Problem(lambda w, o, _: jnp.sum((w - o[0]) ** 2), lambda w, o, _: jnp.sum(w * o[1]))
     estimate_at(read_by_one, hypergrad.first_order(), jnp.ones(3), [jnp.ones(3), jnp.ones(3)])

@@ -37,6 +37,8 @@ class Estimator(NamedTuple):
     """
     forward_mode: bool
     """Whether it differentiates the losses in forward mode, or twice: then their kernels need rules for that."""
+    through_optimizer: bool = False
+    """Whether it differentiates the optimiser's own dependence on the outer variable (`InnerSolve.reads_outer`)."""
     retake: Callable[[Problem, InnerSolve, Any, Vector, Batch, Batch], PyTree] | None = None
     """``retake(problem, solve, state, outer, inner_batches, outer_batch) -> state``, for an estimator that carries an
     inner variable of its own: its next state where the inner steps are taken anew at the new outer variable, given the

@@ -124,21 +124,26 @@ def finite_difference(
         )
     scale = rms_scale() if scale is None else scale
 
-    def direction(solve, inner, grads, after, v) -> Vector:
+    def direction(solve, inner, grads, outer, after, v) -> Vector:
         if precondition == "none":
             return trees.scale(step_size, v)
         update = solve.require_update(f"finite_difference(precondition={precondition!r})")
         if precondition == "rms":
             return jax.tree.map(lambda s, x: (step_size * s * x).astype(x.dtype), scale(after.opt_state), v)
-        return trees.scale(-1.0, update_vjp(update, inner, grads, cotangent_of(v, after.opt_state))[0])
+        return trees.scale(
+            -1.0,
+            update_vjp(
+                lambda inner, grads: update(inner, grads, outer), inner, grads, cotangent_of(v, after.opt_state)
+            )[0],
+        )
 
     def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
         early, last = (jax.tree.map(lambda x, part=part: x[part], inner_batches) for part in (slice(-1), -1))
         inner, early_losses = solve.run(problem.inner_loss, inner, outer, early)
         loss, grads = jax.value_and_grad(problem.inner_loss)(inner.params, outer, last)
-        after = inner if solve.update is None else solve.update(inner, grads)
+        after = inner if solve.update is None else solve.update(inner, grads, outer)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
-        x = direction(solve, inner, grads, after, v)
+        x = direction(solve, inner, grads, outer, after, v)
         e = radius / trees.divisor(trees.norm(x))  # where x = 0 the response is 0, not 0 / 0
         middle = inner.params if at == "before" else after.params
         of_outer = jax.grad(problem.inner_loss, argnums=1)

@@ -64,7 +64,7 @@ def penalty(*, weight: float = 10.0, growth: float = 0.0) -> Estimator:
         def step(copy: InnerState, batch):
             grads = jax.grad(problem.inner_loss)(copy.params, outer, batch)
             pull = jax.grad(problem.outer_loss)(trees.after(copy.params, grads), outer, outer_batch)
-            return update(copy, trees.add_scale(grads, share, pull)), None
+            return update(copy, trees.add_scale(grads, share, pull), outer), None
 
         copy, _ = jax.lax.scan(step, state.copy, inner_batches)
         return PenaltyState(copy, state.num_steps + 1)

@@ -70,13 +70,18 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
 
         def forward(inner: InnerState, batch):
             loss, grads, saved = curvature.linearize(problem.inner_loss, inner.params, outer, batch, hvp)
-            return update(inner, grads), (loss, (inner, grads, saved))
+            return update(inner, grads, outer), (loss, (inner, grads, saved))
 
         def backward(adjoint, step):
             cotangent, hypergradient = adjoint
             stack, batch = step
             inner, grads, saved = steps.restore(stack, batch)
-            of_grads, cotangent = update_vjp(update, inner, grads, cotangent)
+            if solve.reads_outer:
+                both = grads, outer
+                (of_grads, of_outer), cotangent = update_vjp(lambda x, both: update(x, *both), inner, both, cotangent)
+                hypergradient = optax.tree.add(hypergradient, of_outer)
+            else:
+                of_grads, cotangent = update_vjp(lambda x, grads: update(x, grads, outer), inner, grads, cotangent)
             hp, jp = curvature.product(problem.inner_loss, inner.params, outer, batch, saved, of_grads, hvp)
             cotangent = InnerState(optax.tree.add(cotangent.params, hp), cotangent.opt_state)
             return (cotangent, optax.tree.add(hypergradient, jp)), None
@@ -89,4 +94,4 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
         inner_loss = jnp.mean(jnp.concatenate([early_losses, steps.ys]))
         return Estimate(hypergradient, after, state, {"inner_loss": inner_loss, "outer_loss": value})
 
-    return Estimator(stateless, estimate, forward_mode=hvp != "finite_difference")
+    return Estimator(stateless, estimate, forward_mode=hvp != "finite_difference", through_optimizer=True)
