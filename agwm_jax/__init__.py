@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from agwm_jax.core.bilevel import BilevelSolver, BilevelState, bilevel, hypergradient
     from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator
     from agwm_jax.core.gates import bound_alpha, gate_shape, share_gates, spread_gate
+    from agwm_jax.core.implicit_function import implicit_function
     from agwm_jax.core.inner import InnerSolve, InnerState, gradient_step, inner_steps
     from agwm_jax.core.mixup import alpha_statistics, gate, init_alpha, mix, mixup_problem, project_alpha
     from agwm_jax.core.partition import Partition, partition
@@ -36,6 +37,7 @@ _HOME = {
     "core.mixup": "alpha_statistics gate init_alpha mix mixup_problem project_alpha",
     "core.inner": "InnerSolve InnerState gradient_step inner_steps",
     "core.bilevel": "BilevelSolver BilevelState bilevel hypergradient",
+    "core.implicit_function": "implicit_function",
     "core.estimators.base": "ESTIMATORS Estimate Estimator",
     "core.solvers.base": "SOLVERS LinearSolver Solution",
     "methods.interface": "METHODS",

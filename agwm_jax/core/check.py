@@ -125,12 +125,10 @@ def inner_batches(batches: Batch, outer_batch: Batch) -> None:
             f"inner_batches has leaves of shape {found}: expected a leading axis [k, ...] of one and the same number "
             "of inner steps, 1 or more, on each."
         )
-    if str(jax.tree.structure(batches)) != str(jax.tree.structure(outer_batch)):
-        return
-    for (path, inner), outer in zip(
-        jax.tree_util.tree_leaves_with_path(batches), jax.tree.leaves(outer_batch), strict=True
-    ):
-        if jnp.ndim(inner) <= jnp.ndim(outer):
+    whole = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(outer_batch)}
+    for path, inner in jax.tree_util.tree_leaves_with_path(batches):
+        outer = whole.get(jax.tree_util.keystr(path))  # of the same name in a batch of another kind too
+        if outer is not None and jnp.ndim(inner) <= jnp.ndim(outer):
             raise AgwmError(
                 f"inner_batches{jax.tree_util.keystr(path)} has shape {jnp.shape(inner)} and outer_batch "
                 f"{jnp.shape(outer)}: expected one axis more in inner_batches, [k, ...], one batch an inner step; for "
