@@ -17,9 +17,10 @@ def implicit_function(
     """``outer -> w``, whose value is ``solve(outer)`` and whose derivative is the estimator's.
 
     For an inner problem that is solved in any way: a loop of an optimiser with its own stopping rule, L-BFGS, SciPy in
-    a `jax.pure_callback`. Nothing of `solve` is differentiated. What is made of w may be anything that JAX differentiates
-    in reverse mode, once: several solutions in one loss, a Jacobian (`jax.jacrev`), a layer of a larger model. The
-    derivative costs what the estimator says, per cotangent (Krantz and Parks 2003, The Implicit Function Theorem).
+    a `jax.pure_callback`. Nothing of `solve` is differentiated. What is made of w may be anything that JAX
+    differentiates in reverse mode, once: several solutions in one loss, a Jacobian (`jax.jacrev`), a layer of a larger
+    model. The derivative costs what the estimator says, per cotangent (Krantz and Parks 2003, The Implicit Function
+    Theorem).
 
     Args:
         solve: returns the solution, or what is near it.
