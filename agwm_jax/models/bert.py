@@ -2,46 +2,25 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Key
-
-from agwm_jax.models.encoder import EncoderClassifier, rows_after
+from agwm_jax.models.encoder import PooledClassifier, encoder_rows
 from agwm_jax.models.encoder_config import EncoderConfig
-from agwm_jax.models.family import FAMILIES, Family, Options, Row
-from agwm_jax.models.layers import dropout
-from agwm_jax.models.stack import dense, make_linear
+from agwm_jax.models.family import FAMILIES, Family, Row
 
 
 class BertConfig(EncoderConfig):
     """Shape and rates of a BERT; names, meaning and defaults as in Hugging Face's config.json."""
 
 
-class BertClassifier(EncoderClassifier):
+class BertClassifier(PooledClassifier):
     """BERT with a pooler (tanh) on the first token, or the mean over tokens and no pooler, and a linear classifier.
 
     Source: Devlin et al., arXiv 1810.04805; layer by layer as in Hugging Face's BertForSequenceClassification.
     """
 
-    def __init__(self, config: BertConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
-        super().__init__(config, pooling=pooling, options=options, rngs=rngs)
-        width, wide = config.hidden_size, options.wide
-        if pooling == "cls":
-            self.pooler = make_linear(config, options, wide, rngs, width, width)
-        self.classifier = make_linear(config, options, wide, rngs, width, num_labels)
-
-    def first(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-        """The pooler."""
-        return jnp.tanh(dense(self.pooler, x))
-
-    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        """Of the classifier."""
-        return self.classifier(dropout(features, self.config.head_dropout, key))
-
 
 def table(config: Any) -> dict[str, Row]:
     """One row a weight."""
-    return rows_after(
+    return encoder_rows(
         config,
         {"path": "pooler", "name": "pooler.dense", "axes": ("width", "width")},
         {"path": "classifier", "name": "classifier", "axes": ("width", "classes"), "role": "head"},

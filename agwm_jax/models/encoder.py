@@ -1,8 +1,9 @@
 """What encoders of BERT's layout share: embedding sum, layers, pooling, rows of a table."""
 
 import abc
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,13 +20,13 @@ from agwm_jax.models.weights import Weight
 
 
 class Embeddings(nnx.Module):
-    """Tables of words, positions and token types, and the norm of their sum."""
+    """Tables of words, positions and, where the model has them, token types; the norm of their sum."""
 
     def __init__(self, config: EncoderConfig, *, options: Options, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(config.initializer_range)
         embed = partial(
             nnx.Embed,
-            features=config.hidden_size,
+            features=config.embedding_width,
             dtype=options.dtype,
             param_dtype=options.wide,
             embedding_init=init,
@@ -33,20 +34,26 @@ class Embeddings(nnx.Module):
         )
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_position_embeddings)
-        self.token_type = embed(config.type_vocab_size)
-        self.norm = make_norm(config, options, rngs)
+        if config.has_types:
+            self.token_type = embed(config.type_vocab_size)
+        self.norm = make_norm(config, options, rngs, config.embedding_width)
+        if config.projects:
+            widths = config.embedding_width, config.hidden_size
+            self.projection = make_linear(config, options, options.dtype, rngs, *widths)
+        self.config = config
         self.rate = config.hidden_dropout_prob
 
     def __call__(
         self,
-        words: Float[Array, "b t d"],
+        words: Float[Array, "b t e"],
         positions: Int[Array, "#b t"],
         types: Int[Array, "b t"],
         *,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
-        x = words + self.token_type(types) + self.position(positions)
-        return over_data(dropout(norm(self.norm, x), self.rate, key))
+        x = words + self.token_type(types) if self.config.has_types else words
+        x = dropout(norm(self.norm, x + self.position(positions)), self.rate, key)
+        return over_data(dense(self.projection, x) if self.config.projects else x)
 
 
 class EncoderLayer(nnx.Module):
@@ -66,7 +73,13 @@ class EncoderLayer(nnx.Module):
         self.config = config
 
     def attend(
-        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool
+        self,
+        x: Float[Array, "b t d"],
+        bias: Float[Array, "#b #h #t t"],
+        lengths: Int[Array, "b"],
+        *,
+        key: Key[Array, ""] | None,
+        fuse: bool,
     ) -> Float[Array, "b t d"]:
         """Softmax attention over all positions: plain products, which have a forward-mode rule, or the fused kernel."""
         b, t, d = x.shape
@@ -74,25 +87,32 @@ class EncoderLayer(nnx.Module):
 
         query, keys, value = (dense(one, x).reshape(b, t, h, d // h) for one in (self.query, self.key, self.value))
         if fuse:
-            return fused_attention(query, keys, value, (bias == 0).sum(axis=-1)).reshape(b, t, d)
+            return fused_attention(query, keys, value, lengths).reshape(b, t, d)
         rate = self.config.attention_probs_dropout_prob
         return attention(query, keys, value, bias, rate=rate, key=key).reshape(b, t, d)
 
     def __call__(
-        self, x: Float[Array, "b t d"], bias: Float[Array, "b t"], *, key: Key[Array, ""] | None, fuse: bool = False
+        self,
+        x: Float[Array, "b t d"],
+        bias: Float[Array, "#b #h #t t"],
+        lengths: Int[Array, "b"],
+        *,
+        key: Key[Array, ""] | None,
+        fuse: bool = False,
     ) -> Float[Array, "b t d"]:
         attention_key, output_key, ffn_key = split(key, 3)
         rate = self.config.hidden_dropout_prob
-        attended = dense(self.attention_output, self.attend(x, bias, key=attention_key, fuse=fuse))
+        attended = dense(self.attention_output, self.attend(x, bias, lengths, key=attention_key, fuse=fuse))
         x = over_data(norm(self.attention_norm, x + dropout(attended, rate, output_key)))
         inner = ACTIVATIONS[self.config.hidden_act](dense(self.intermediate, x))
-        return over_data(norm(self.output_norm, x + dropout(dense(self.output, inner), rate, ffn_key)))
+        inner = dropout(dense(self.output, inner), self.config.feed_forward_dropout, ffn_key)
+        return over_data(norm(self.output_norm, x + inner))
 
 
 class EncoderClassifier(nnx.Module):
     """An encoder and a head on one vector a text: class logits, or one number where `num_labels` is 1.
 
-    A family's class adds its head: `logits`, and where it differs `positions` and `first`.
+    A family's class adds its head: `logits`, and where it differs `positions`, `bias` and `first`.
 
     Args:
         config: shape and dropout rates.
@@ -100,6 +120,9 @@ class EncoderClassifier(nnx.Module):
         options: how it computes.
         rngs: stream "params" for the initial weights.
     """
+
+    can_fuse: ClassVar[bool] = True
+    """Whether attention is that of `fused_attention`: no bias but that of padding."""
 
     def __init__(self, config: EncoderConfig, *, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
         if pooling not in ("cls", "mean"):
@@ -110,13 +133,13 @@ class EncoderClassifier(nnx.Module):
         self.pooling = pooling
         self.options = options
 
-    def embed(self, batch: Batch) -> Float[Array, "b t d"]:
+    def embed(self, batch: Batch) -> Float[Array, "b t e"]:
         """Word embeddings of ``batch["input_ids"]``."""
         return self.embeddings.word(jnp.asarray(batch["input_ids"]))
 
     def features(
         self,
-        embedded: Float[Array, "b t d"],
+        embedded: Float[Array, "b t e"],
         batch: Batch,
         *,
         key: Key[Array, ""] | None = None,
@@ -145,17 +168,15 @@ class EncoderClassifier(nnx.Module):
             )
         wide = self.options.wide
         embedding_key, encoder_key = split(key, 2)
-        # Finite, so that a row of nothing but padding gives an even softmax and no NaN.
-        bias = jnp.where(mask != 0, 0.0, jnp.finfo(wide).min).astype(wide)
         types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids)))
         x = self.embeddings(embedded, self.positions(ids), types, key=embedding_key)
-        fuse = reverse_only and self.options.fuse_attention
+        fuse = reverse_only and self.options.fuse_attention and self.can_fuse
         if fuse:
             width = self.config.hidden_size // self.config.num_attention_heads
             drops = key is not None and self.config.attention_probs_dropout_prob > 0
             reason = fused_refusal(dtype=self.options.dtype, head_width=width, length=mask.shape[-1], dropout=drops)
             fuse = reason is None
-        x = self.encoder(x, bias, key=encoder_key, fuse=fuse)
+        x = self.encoder(x, self.bias(mask), (mask != 0).sum(axis=-1), key=encoder_key, fuse=fuse)
         if self.pooling == "cls":
             return self.first(x[:, 0].astype(wide))
         real = (mask != 0).astype(wide)[:, :, None]
@@ -164,6 +185,12 @@ class EncoderClassifier(nnx.Module):
     def positions(self, ids: Int[Array, "b t"]) -> Int[Array, "#b t"]:
         """Rows of the position table."""
         return jnp.arange(ids.shape[1])[None]
+
+    def bias(self, mask: Int[Array, "b t"]) -> Float[Array, "#b #h #t t"]:
+        """Added to the scores of attention: very small for padding."""
+        wide = self.options.wide
+        # Finite, so that a row of nothing but padding gives an even softmax and no NaN.
+        return jnp.where(mask != 0, 0.0, jnp.finfo(wide).min).astype(wide)[:, None, None]
 
     def first(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
         """What is made of the first token's vector."""
@@ -174,28 +201,101 @@ class EncoderClassifier(nnx.Module):
         """Of the head."""
 
 
-def _table_row(path: str, name: str, axis: str) -> dict[str, Row]:
-    return {f"embeddings.{path}.embedding": Row(Weight("embedding", (axis, "width"), 0), f"embeddings.{name}.weight")}
+class PooledClassifier(EncoderClassifier):
+    """An encoder with a pooler (tanh) on the first token, or the mean over tokens and no pooler, and a linear
+    classifier."""
+
+    def __init__(
+        self, config: EncoderConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(config, pooling=pooling, options=options, rngs=rngs)
+        width, wide = config.hidden_size, options.wide
+        if pooling == "cls":
+            self.pooler = make_linear(config, options, wide, rngs, width, width)
+        self.classifier = make_linear(config, options, wide, rngs, width, num_labels)
+
+    def first(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+        """The pooler."""
+        return jnp.tanh(dense(self.pooler, x))
+
+    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
+        """Of the classifier, after dropout."""
+        return self.classifier(dropout(features, self.config.head_dropout, key))
 
 
-ENCODER_ROWS: dict[str, Row] = {
-    **_table_row("word", "word_embeddings", "vocab"),
-    **_table_row("position", "position_embeddings", "positions"),
-    **_table_row("token_type", "token_type_embeddings", "types"),
-    **norm_rows("embeddings.norm", "embeddings.LayerNorm", depth=0),
-    **dense_rows("encoder.layers.query", "encoder.layer.{}.attention.self.query", ("width", "heads")),
-    **dense_rows("encoder.layers.key", "encoder.layer.{}.attention.self.key", ("width", "heads")),
-    **dense_rows("encoder.layers.value", "encoder.layer.{}.attention.self.value", ("width", "heads")),
-    **dense_rows("encoder.layers.attention_output", "encoder.layer.{}.attention.output.dense", ("heads", "width")),
-    **norm_rows("encoder.layers.attention_norm", "encoder.layer.{}.attention.output.LayerNorm"),
-    **dense_rows("encoder.layers.intermediate", "encoder.layer.{}.intermediate.dense", ("width", "mlp")),
-    **dense_rows("encoder.layers.output", "encoder.layer.{}.output.dense", ("mlp", "width")),
-    **norm_rows("encoder.layers.output_norm", "encoder.layer.{}.output.LayerNorm"),
+class DenseHeadClassifier(EncoderClassifier):
+    """An encoder with a classifier of two layers, dropout before each, and no pooler."""
+
+    activation: ClassVar[Callable[[Array], Array]] = jnp.tanh
+    """Between the two layers."""
+
+    def __init__(
+        self, config: EncoderConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(config, pooling=pooling, options=options, rngs=rngs)
+        width, wide = config.hidden_size, options.wide
+        self.classifier_dense = make_linear(config, options, wide, rngs, width, width)
+        self.classifier = make_linear(config, options, wide, rngs, width, num_labels)
+
+    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
+        """Of the classifier's two layers."""
+        first, second = split(key, 2)
+        rate = self.config.head_dropout
+        hidden = type(self).activation(self.classifier_dense(dropout(features, rate, first)))
+        return self.classifier(dropout(hidden, rate, second))
+
+
+def count_positions(ids: Int[Array, "b t"], padding: int) -> Int[Array, "b t"]:
+    """Padding has its own row of the table; real tokens count on from it."""
+    real = (ids != padding).astype(ids.dtype)
+    return jnp.cumsum(real, axis=1, dtype=ids.dtype) * real + padding
+
+
+LAYER_NAMES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+    "output_norm": "output.LayerNorm",
 }
-"""All that lies between the word embeddings and the last layer's output."""
+"""Of a layer's parts in the file: BERT's."""
 
 
-def rows_after(config: EncoderConfig, *layers: dict[str, Any]) -> dict[str, Row]:
-    """`ENCODER_ROWS` and the dense layers that come after the last layer, given as keywords of `dense_rows`."""
-    after = [dense_rows(**layer, depth=config.num_hidden_layers + 1) for layer in layers]
-    return {path: row for rows in (ENCODER_ROWS, *after) for path, row in rows.items()}
+def encoder_rows(
+    config: EncoderConfig,
+    *after: dict[str, Any],
+    layer: str = "encoder.layer.{}",
+    names: Mapping[str, str] = LAYER_NAMES,
+    projection: str = "",
+) -> dict[str, Row]:
+    """The table of an encoder.
+
+    Args:
+        config: of the model.
+        after: what comes after the last layer: dense layers, as keywords of `dense_rows`.
+        layer: name of a layer in the file, before those of its parts.
+        names: of its parts.
+        projection: of the dense layer after the embeddings, where there is one.
+    """
+    last = config.depth + 1
+    axis = "width" if config.embedding_width == config.hidden_size else "embedding"
+    tables = {"embeddings.word": "vocab", "embeddings.position": "positions"}
+    if config.has_types:
+        tables["embeddings.token_type"] = "types"
+    rows = {
+        f"{name}.embedding": Row(Weight("embedding", (what, axis), 0), f"{name}_embeddings.weight")
+        for name, what in tables.items()
+    }
+    rows |= norm_rows("embeddings.norm", "embeddings.LayerNorm", depth=0, axis="vector" if axis == "width" else axis)
+    if config.projects:
+        rows |= dense_rows("embeddings.projection", projection, (axis, "width"), depth=0)
+    axes = {"attention_output": ("heads", "width"), "intermediate": ("width", "mlp"), "output": ("mlp", "width")}
+    for part, name in names.items():
+        path, name = f"encoder.layers.{part}", f"{layer}.{name}"
+        rows |= norm_rows(path, name) if "norm" in part else dense_rows(path, name, axes.get(part, ("width", "heads")))
+    for dense_layer in after:
+        rows |= dense_rows(**dense_layer, depth=last)
+    return rows

@@ -194,9 +194,9 @@ def dense_rows(
     return rows
 
 
-def norm_rows(path: str, name: str, *, depth: int | None = None) -> dict[str, Row]:
+def norm_rows(path: str, name: str, *, depth: int | None = None, axis: str = "vector") -> dict[str, Row]:
     """The two rows of a layer norm, stacked over layers where `depth` is None."""
-    axes = (LAYERS, "vector") if depth is None else ("vector",)
+    axes = (LAYERS, axis) if depth is None else (axis,)
     return {
         f"{path}.scale": Row(Weight("norm", axes, depth), f"{name}.weight"),
         f"{path}.bias": Row(Weight("norm", axes, depth), f"{name}.bias"),

@@ -125,7 +125,7 @@ def attention(
     query: Float[Array, "b q h e"],
     keys: Float[Array, "b k h e"],
     value: Float[Array, "b k h e"],
-    bias: Float[Array, "b k"],
+    bias: Float[Array, "#b #h #q k"],
     *,
     rate: float,
     key: Key[Array, ""] | None,
@@ -134,12 +134,12 @@ def attention(
 
     Args:
         query, keys, value: heads of width e, before the scale.
-        bias: added to the scores of each position that is attended to; finite and very small where it is padding.
+        bias: added to the scores; finite and very small for positions of padding.
         rate, key: dropout of the probabilities, as for `dropout`.
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=wide)
-    probabilities = softmax(scores * query.shape[-1] ** -0.5 + bias[:, None, None, :]).astype(value.dtype)
+    probabilities = softmax(scores * query.shape[-1] ** -0.5 + bias).astype(value.dtype)
     return jnp.einsum("bhqk,bkhe->bqhe", dropout(probabilities, rate, key), value)
 
 

@@ -62,11 +62,11 @@ def make_linear(
     return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=options.wide, kernel_init=init, rngs=rngs)
 
 
-def make_norm(config: Any, options: Options, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A norm over the width."""
+def make_norm(config: Any, options: Options, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:
+    """A norm over the width; None: that of the hidden state."""
     # The fast variance, E[x^2] - E[x]^2, loses too many digits for parity with the reference.
     return nnx.LayerNorm(
-        config.hidden_size,
+        width or config.hidden_size,
         epsilon=config.layer_norm_eps,
         dtype=options.dtype,
         param_dtype=options.wide,
@@ -78,6 +78,8 @@ def make_norm(config: Any, options: Options, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class Stack(nnx.Module):
     """All layers of a model in one module whose weights carry a leading layer axis; applied by a scan over that axis.
 
+    Layers that share their weights (``config.turns`` above 1) are there once, and the scan is taken as often.
+
     Args:
         layer: class of the layers: ``layer(config, options=, rngs=)``, called as ``(x, *shared, key=, **static)``.
         config: of the model.
@@ -86,14 +88,14 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, layer: Callable[..., nnx.Module], config: Any, *, options: Options, rngs: nnx.Rngs) -> None:
-        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> nnx.Module:
             return layer(config, options=options, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.num_layers = config.num_hidden_layers
-        self.unroll = options.unroll or (self.num_layers if self.num_layers <= _FEW_LAYERS else 1)
+        self.depth, self.turns = config.depth, config.turns
+        self.unroll = options.unroll or (self.depth if self.depth <= _FEW_LAYERS else 1)
         self.remat = options.remat
 
     def __call__(
@@ -108,7 +110,6 @@ class Stack(nnx.Module):
             static: keywords that every layer is given and that are part of the program.
         """
         graph, weights = nnx.split(self.layers)
-        keys = None if key is None else jax.random.split(key, self.num_layers)
 
         def layer(x, weights_and_key):
             weights, key = weights_and_key
@@ -117,4 +118,13 @@ class Stack(nnx.Module):
         if self.remat != "none":
             # Layers of one turn could share what they compute again, layers of two turns cannot.
             layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll > 1)
-        return lax.scan(layer, x, (weights, keys), unroll=self.unroll)[0]
+
+        def turn(x, key):
+            keys = None if key is None else jax.random.split(key, self.depth)
+            return lax.scan(layer, x, (weights, keys), unroll=self.unroll)[0], None
+
+        if self.turns == 1:
+            return turn(x, key)[0]
+        weights = materialise(weights)  # not in every turn again
+        keys = None if key is None else jax.random.split(key, self.turns)
+        return lax.scan(turn, x, keys, length=self.turns)[0]

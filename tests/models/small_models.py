@@ -41,12 +41,22 @@ SMALL = {
 }
 
 
+OWN_KEYS = {
+    "albert": lambda seed, width: {"embedding_size": (8, 6, width)[seed], "inner_group_num": 1 + seed % 2},
+    "electra": lambda seed, width: {"embedding_size": (6, 10, width)[seed]},
+}
+"""Of config.json by family, of the number of the configuration and its width."""
+LENGTHS = {("mpnet", 2): (150, 3, 61)}
+"""Of texts, where they matter: beyond the farthest bucket."""
+
+
 def random_small(family: str, seed: int) -> Small:
-    """A random configuration of a family, of config.json's common keys."""
+    """A random configuration of a family, of config.json's common keys and its own."""
     rng = np.random.default_rng(1000 + seed)
     heads, texts = int(rng.integers(1, 4)), int(rng.integers(2, 5))
-    lengths = tuple(int(n) for n in rng.integers(1, 12, texts))
-    config = FAMILIES[family].value().read_config({
+    lengths = LENGTHS.get((family, seed)) or tuple(int(n) for n in rng.integers(1, 12, texts))
+    read_config = FAMILIES[family].value().read_config
+    values = {
         "vocab_size": int(rng.integers(50, 90)),
         "hidden_size": 4 * heads * int(rng.integers(1, 3)),
         "num_hidden_layers": int(rng.integers(1, 4)),
@@ -56,7 +66,10 @@ def random_small(family: str, seed: int) -> Small:
         "max_position_embeddings": int(rng.integers(160, 180)),
         "type_vocab_size": 1 + seed % 3,
         "layer_norm_eps": 1e-5,
-    })  # fmt: skip
+    }
+    values |= OWN_KEYS[family](seed, values["hidden_size"]) if family in OWN_KEYS else {}
+    names = read_config.__self__.file_names
+    config = read_config({names.get(name, name): value for name, value in values.items()})
     return Small(config, (1, 2, 4)[seed % 3], lengths, 50 + seed, family)
 
 
@@ -88,7 +101,7 @@ def batch_of(small: Small, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     padding = getattr(small.config, "pad_token_id", 0)
     ids = rng.integers(1, small.config.vocab_size, shape)
     ids = np.where(mask, np.where(ids == padding, 0, ids), padding)
-    types = rng.integers(0, small.config.type_vocab_size, shape) * mask
+    types = rng.integers(0, max(1, small.config.type_vocab_size), shape) * mask
     regression = small.num_labels == 1
     labels = rng.normal(size=shape[0]) if regression else rng.integers(0, small.num_labels, shape[0])
     return {

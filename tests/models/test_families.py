@@ -76,13 +76,13 @@ def test_what_is_known_of_a_weight_fits_its_shape(family):
         assert (weight.depth is None) == weight.is_stacked, path
     config = FIRST[family].config
     assert (sizes[LAYERS], sizes["vocab"], sizes["mlp"]) == (
-        config.num_hidden_layers,
+        config.depth,
         config.vocab_size,
         config.intermediate_size,
     )
     depths = {weight.role: weight.depth for weight in model.weights.values() if weight.depth is not None}
     assert depths["embedding"] == 0
-    assert depths["head"] == config.num_hidden_layers + 1
+    assert depths["head"] == config.depth + 1
     assert [*model.weights] == [path for path in FIRST[family].of.table(config) if path in model.weights]
 
 
@@ -115,10 +115,12 @@ def test_positions_of_roberta_count_real_tokens():
 
 
 def test_a_family_is_named_in_its_own_file_alone():
-    """RoBERTa was added by one file; what reads and saves folders names no family at all."""
+    """Each was added by one file; what reads and saves folders names no family at all."""
     package = Path(__file__).parents[2] / "agwm_jax"
     texts = {path.name: path.read_text(encoding="utf-8").lower() for path in package.rglob("*.py")}
-    assert [name for name, text in texts.items() if "roberta" in text] == ["roberta.py"]
+    for family in FAMILIES:
+        if family != "bert":  # the layout that others are told by
+            assert [name for name, text in texts.items() if re.search(rf"\b{family}\b", text)] == [f"{family}.py"]
     assert not any(re.search(r"\bbert", texts[name]) for name in ("huggingface.py", "safetensors.py", "hub.py"))
 
 
@@ -173,12 +175,12 @@ def test_scan_equals_a_python_loop_over_the_layers():
     small, key = SMALL["gelu_new"], jax.random.key(3)
     module = small.of.module(small.config, num_labels=1, pooling="cls", options=Options(), rngs=nnx.Rngs(1))
     x = jax.random.normal(jax.random.key(0), (2, 6, small.config.hidden_size))
-    bias = jnp.zeros((2, 6))
-    scanned = nnx.jit(type(module.encoder).__call__)(module.encoder, x, bias, key=key)
+    shared = jnp.zeros((2, 1, 1, 6)), jnp.full(2, 6)
+    scanned = nnx.jit(type(module.encoder).__call__)(module.encoder, x, *shared, key=key)
     _, weights = nnx.split(module.encoder.layers)
     graph = nnx.graphdef(EncoderLayer(small.config, options=Options(), rngs=nnx.Rngs(0)))
     keys = jax.random.split(key, small.config.num_hidden_layers)
-    step = jax.jit(lambda own, x, key: nnx.merge(graph, own)(x, bias, key=key))
+    step = jax.jit(lambda own, x, key: nnx.merge(graph, own)(x, *shared, key=key))
     for i in range(small.config.num_hidden_layers):
         x = step(jax.tree.map(lambda w, i=i: w[i], weights), x, keys[i])
     np.testing.assert_allclose(scanned, x, rtol=0, atol=1e-5)
@@ -303,7 +305,8 @@ def test_bfloat16_computes_softmax_and_head_in_float32(family):
     (model, params), (half, _) = build(small), build(small, dtype=jnp.bfloat16)
     batch = batch_of(small)
     program = jax.make_jaxpr(lambda params: half.apply(params, batch))(params)
-    assert dtypes_of(program, "exp") == dtypes_of(program, "tanh") == {"float32"}
+    assert dtypes_of(program, "exp") == {"float32"}
+    assert dtypes_of(program, "tanh") <= {"float32"}
     assert {value.dtype for value in params.values()} == {np.dtype(np.float32)}
     logits = jax.jit(half.apply)(params, batch)
     assert logits.dtype == jnp.float32

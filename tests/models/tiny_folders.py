@@ -1,6 +1,7 @@
 """Hugging Face folders of small models, as transformers would lay them out, with tokenizers made here."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ def write_folder(path: Path, small: Small, model_type: str = "bert", **config: A
     return params
 
 
-def _bert(path: Path, size: int) -> None:
-    (path / "vocab.txt").write_text("\n".join(WORDS[:size]) + "\n")
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+def _wordpiece(name: str, words: list[str] = WORDS) -> Any:
+    def write(path: Path, size: int) -> None:
+        (path / "vocab.txt").write_text("\n".join(words[:size]) + "\n")
+        (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+
+    return write
 
 
 def _byte_level(path: Path, size: int) -> None:
@@ -38,14 +42,14 @@ def _byte_level(path: Path, size: int) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
 
 
-def _sentencepiece(name: str) -> Any:
+def _sentencepiece(name: str, special: Sequence[str] = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")) -> Any:
     def write(path: Path, size: int) -> None:
         import os
 
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         import transformers
 
-        pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdeghiklnorstuwy."[: size - 7], "▁the", "<mask>"]
+        pieces = [*special[:4], "▁", *"abcdeghiklnorstuwy."[: size - 7], "▁the", special[4]]
         vocab = [(piece, 0.0 if i < 4 else -float(i)) for i, piece in enumerate(pieces)]
         getattr(transformers, name)(vocab=vocab).save_pretrained(str(path))
 
@@ -53,7 +57,11 @@ def _sentencepiece(name: str) -> Any:
 
 
 TOKENIZERS = {
-    "bert": _bert,
+    "albert": _sentencepiece("AlbertTokenizer", ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]),
+    "bert": _wordpiece("BertTokenizer"),
+    "distilbert": _wordpiece("DistilBertTokenizer"),
+    "electra": _wordpiece("ElectraTokenizer"),
+    "mpnet": _wordpiece("MPNetTokenizer", ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *WORDS[5:]]),
     "roberta": _byte_level,
     "xlm-roberta": _sentencepiece("XLMRobertaTokenizer"),
     "camembert": _sentencepiece("CamembertTokenizer"),

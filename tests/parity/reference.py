@@ -1,5 +1,6 @@
 """The PyTorch side: transformers' models with given parameters, their logits and their gradients."""
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ def torch_model(family: Family, config: Any, params: dict[str, Any]) -> Any:
     return model
 
 
-def torch_inputs(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    names = ("input_ids", "token_type_ids", "attention_mask")
+def torch_inputs(batch: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    names = {"input_ids", "token_type_ids", "attention_mask"} & inspect.signature(model.forward).parameters.keys()
     return {name: torch.tensor(np.asarray(batch[name]), dtype=torch.long) for name in names}
 
 
 def torch_logits(model: Any, batch: dict[str, Any]) -> np.ndarray:
     with torch.no_grad():
-        return model(**torch_inputs(batch)).logits.numpy()
+        return model(**torch_inputs(batch, model)).logits.numpy()
 
 
 def torch_gradients(model: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -37,5 +38,5 @@ def torch_gradients(model: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
     labels = torch.tensor(np.asarray(batch["labels"]))
     labels = labels if labels.is_floating_point() else labels.long()
     model.zero_grad()
-    model(**torch_inputs(batch), labels=labels).loss.backward()
+    model(**torch_inputs(batch, model), labels=labels).loss.backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}

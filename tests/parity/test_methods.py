@@ -109,7 +109,7 @@ def test_lora_is_merged_as_peft_merges_it(r, alpha):
                     parameter.copy_(value)
                     loaded += 1
         theirs = adapted.merge_and_unload().eval()
-        logits = theirs(**torch_inputs(batch_of(SMALL))).logits.numpy()
+        logits = theirs(**torch_inputs(batch_of(SMALL), theirs)).logits.numpy()
     assert loaded == len(state)
     ours = np.asarray(model.apply(merged, batch_of(SMALL)))
     assert np.abs(ours - np.asarray(model.apply(params, batch_of(SMALL)))).max() > 0.1
