@@ -19,6 +19,7 @@ RULES: dict[str, str] = {
     # Column by column, then row by row (Megatron-LM, arXiv 1909.08053): the two products of attention, and of the
     # feed-forward part, need one sum over `model` in the forward pass and one in the backward pass.
     "heads": MODEL,
+    "kv_heads": MODEL,
     "mlp": MODEL,
     # By width and not by word: a vocabulary has any number of words, and a lookup then stays where it is.
     "width": _SHARD,

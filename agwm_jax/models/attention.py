@@ -44,9 +44,11 @@ def fused_refusal(*, dtype: DTypeLike, head_width: int, length: int, dropout: bo
 
 def fused_attention(
     query: Float[Array, "b t h e"],
-    keys: Float[Array, "b t h e"],
-    value: Float[Array, "b t h e"],
+    keys: Float[Array, "b t g e"],
+    value: Float[Array, "b t g e"],
     lengths: Int[Array, "b"],
+    *,
+    causal: bool = False,
 ) -> Float[Array, "b t h e"]:
     """``softmax(q k' / sqrt(e)) v`` over the first ``lengths`` positions; the kernel has a reverse-mode rule alone.
 
@@ -54,8 +56,9 @@ def fused_attention(
     first position (plain attention: to all alike); what either gives means nothing, and is finite.
 
     Args:
-        query, keys, value: heads of width e, before the scale.
+        query, keys, value: heads of width e, before the scale; each key serves h / g heads.
         lengths: real tokens of each text.
+        causal: attend to earlier positions and the own one alone.
     """
     # Not as a mask: the kernel wants one mask a pair of positions and, under `jax.vmap`, one a head too.
     # jax 0.10.2 maps the kernel over an axis only if all operands have it: lengths that several lanes share do not.
@@ -66,5 +69,6 @@ def fused_attention(
         value,
         query_seq_lengths=zeros + query.shape[1],
         key_value_seq_lengths=zeros + jnp.maximum(lengths, 1).astype(jnp.int32),
+        is_causal=causal,
         implementation=IMPLEMENTATION,
     )

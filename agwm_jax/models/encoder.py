@@ -10,10 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from agwm_jax.core.types import Batch
-from agwm_jax.errors import AgwmError
 from agwm_jax.models.attention import fused_attention, fused_refusal
 from agwm_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
-from agwm_jax.models.family import Options, Row, dense_rows, norm_rows
+from agwm_jax.models.family import Options, Row, check_length, dense_rows, norm_rows
 from agwm_jax.models.layers import attention, dropout
 from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, norm, over_data, split
 from agwm_jax.models.weights import Weight
@@ -125,8 +124,6 @@ class EncoderClassifier(nnx.Module):
     """Whether attention is that of `fused_attention`: no bias but that of padding."""
 
     def __init__(self, config: EncoderConfig, *, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
-        if pooling not in ("cls", "mean"):
-            raise AgwmError(f"pooling is {pooling!r}, expected 'cls' or 'mean'.")
         self.embeddings = Embeddings(config, options=options, rngs=rngs)
         self.encoder = Stack(EncoderLayer, config, options=options, rngs=rngs)
         self.config = config
@@ -160,12 +157,7 @@ class EncoderClassifier(nnx.Module):
             AgwmError: when traced, if t is larger than the position table.
         """
         ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
-        limit = self.config.max_length
-        if mask.shape[-1] > limit:
-            raise AgwmError(
-                f"The texts are {mask.shape[-1]} tokens long but the model's position table ends at {limit}; "
-                f"set max_length to {limit} or less."
-            )
+        check_length(mask.shape[-1], self.config.max_length)
         wide = self.options.wide
         embedding_key, encoder_key = split(key, 2)
         types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids)))

@@ -54,7 +54,7 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        _refuse(self.faults(dataclasses.asdict(self)))
+        refuse(self.faults(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EncoderConfig":
@@ -79,7 +79,7 @@ class EncoderConfig:
             k: default if k in cls.lacks else values.get(k, default) for k, default in defaults.items()
         }
         faults += cls.faults({name: value for name, value in used.items() if name not in missing})
-        _refuse(faults)
+        refuse(faults)
         return cls(**used)
 
     @classmethod
@@ -92,8 +92,8 @@ class EncoderConfig:
             f"{cls.file_names.get(name, name)} is {values[name]!r}, expected {expected}"
             for names, fits, expected in (
                 (_COUNTS, lambda x: is_whole(x, at_least=1), "a whole number of at least 1"),
-                (_RATES, lambda x: _is_number(x) and 0 <= x < 1, "a number in [0, 1)"),
-                (_POSITIVE, lambda x: _is_number(x) and x > 0, "a number above 0"),
+                (_RATES, lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)"),
+                (_POSITIVE, lambda x: is_number(x) and x > 0, "a number above 0"),
             )
             for name in names
             if name in values and not fits(values[name])
@@ -209,10 +209,12 @@ def is_whole(value: Any, *, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number, and not a truth value."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _refuse(faults: list[str]) -> None:
+def refuse(faults: list[str]) -> None:
+    """Raise all of them in one message, if there are any."""
     if faults:
         raise AgwmError("The model's configuration is not usable: " + "; ".join(faults) + ".")

@@ -89,6 +89,8 @@ class Family(NamedTuple):
     """Endings of names from older checkpoints -> today's."""
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     """At least one of them lies in a folder with a tokenizer."""
+    poolings: tuple[str, ...] = ("cls", "mean")
+    """What may become of the tokens' vectors; the first is what transformers' classifier does."""
 
 
 FAMILIES: Registry[Callable[[], Family]] = Registry("model family", "families", "agwm_jax.models")
@@ -109,7 +111,7 @@ def family_of(model_type: Any, where: Any) -> Family:
 
 
 def build_model(
-    family: Family, config: Any, *, num_labels: int, pooling: str = "cls", options: Options | None = None
+    family: Family, config: Any, *, num_labels: int, pooling: str | None = None, options: Options | None = None
 ) -> tuple[Model, Shapes]:
     """A model without its weights, and their shapes; nothing is computed.
 
@@ -117,13 +119,17 @@ def build_model(
         family: such as ``FAMILIES["bert"].value()``.
         config: of that family.
         num_labels: size of the head, c.
-        pooling: "cls" (what the family makes of the first token) or "mean" (mean over real tokens).
+        pooling: one of the family's, "cls" (what it makes of the first token) or "mean" (mean over real tokens) as a
+            rule; None: the first of them.
         options: how it computes.
 
     Raises:
         AgwmError: the family does not know the pooling, or float64 is asked for in JAX's 32-bit mode.
     """
     options = Options() if options is None else options
+    pooling = family.poolings[0] if pooling is None else pooling
+    if pooling not in family.poolings:
+        raise AgwmError(f"pooling is {pooling!r}, expected {' or '.join(map(repr, family.poolings))}.")
     if jnp.dtype(options.dtype) != jax.dtypes.canonicalize_dtype(options.dtype):
         raise AgwmError('dtype float64 needs JAX\'s 64-bit mode: jax.config.update("jax_enable_x64", True).')
     module = nnx.eval_shape(
@@ -194,10 +200,29 @@ def dense_rows(
     return rows
 
 
+def scale_row(path: str, name: str, *, depth: int | None = None, axis: str = "vector") -> dict[str, Row]:
+    """The row of a norm without a bias, stacked over layers where `depth` is None."""
+    axes = (LAYERS, axis) if depth is None else (axis,)
+    return {f"{path}.scale": Row(Weight("norm", axes, depth), f"{name}.weight")}
+
+
+def check_length(length: int, limit: int) -> None:
+    """Refuse texts beyond the model's positions.
+
+    Raises:
+        AgwmError: they are longer than `limit`.
+    """
+    if length > limit:
+        raise AgwmError(
+            f"The texts are {length} tokens long but the model's position table ends at {limit}; set max_length to "
+            f"{limit} or less."
+        )
+
+
 def norm_rows(path: str, name: str, *, depth: int | None = None, axis: str = "vector") -> dict[str, Row]:
     """The two rows of a layer norm, stacked over layers where `depth` is None."""
     axes = (LAYERS, axis) if depth is None else (axis,)
     return {
-        f"{path}.scale": Row(Weight("norm", axes, depth), f"{name}.weight"),
+        **scale_row(path, name, depth=depth, axis=axis),
         f"{path}.bias": Row(Weight("norm", axes, depth), f"{name}.bias"),
     }

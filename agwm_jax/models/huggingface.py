@@ -44,7 +44,7 @@ class Pretrained(NamedTuple):
     label_names: tuple[str, ...]
     """As asked for, else those of the folder if its head was taken, else LABEL_0, LABEL_1, ..."""
     pooling: str
-    """"cls" or "mean"."""
+    """"cls", "last" or "mean"."""
     head_initialised: bool
     """True: the head is fresh; False: it came from the folder."""
     source: str
@@ -95,7 +95,8 @@ def load_pretrained(
         label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names
             (in any case); its classes are then put in this order. None, or one name: no names are compared.
         dtype: dtype of the computation; weights are float32, or float64 where this is.
-        pooling: "cls" | "mean"; None is what the folder was saved with, "cls" where it does not say.
+        pooling: "cls" | "mean", of decoders "last" | "mean"; None is what the folder was saved with, the family's own
+            where it does not say.
         dropout: all three dropout rates; None keeps config.json's.
         seed: of the head's initial weights, N(0, initializer_range). The folder's own head is taken instead if it has
             the same shape, pooling and names.
@@ -112,7 +113,7 @@ def load_pretrained(
     config = family.read_config(hf_config).with_dropout(dropout)
     table = family.table(config)
     ours = hf_config.get("agwm_jax")
-    saved_pooling = ours.get("pooling", "cls") if isinstance(ours, dict) else "cls"
+    saved_pooling = ours.get("pooling", family.poolings[0]) if isinstance(ours, dict) else family.poolings[0]
     pooling = saved_pooling if pooling is None else pooling
     tensors = canonical(read_safetensors(folder), family)
     num_labels = num_labels or (None if label_names is None else len(label_names))
@@ -245,6 +246,8 @@ def _load_tokenizer(folder: Path, family: Family, vocab_size: int) -> Any:
     except Exception as error:
         # Broken files end in exceptions of json, of the Rust tokenizers, or in plain KeyErrors.
         raise AgwmError(f"The tokenizer in {folder} cannot be read: {error}.") from error
+    if tokenizer.pad_token_id is None:  # of decoders: what stands behind the end is never read
+        tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > vocab_size:
         raise AgwmError(
             f"The tokenizer in {folder} has {len(tokenizer)} tokens but config.json's vocab_size is "
@@ -299,6 +302,9 @@ def _check_params(params: Mapping[str, Any], pretrained: Pretrained) -> None:
 def _saved_config(pretrained: Pretrained, label_names: tuple[str, ...]) -> dict[str, Any]:
     values = {key: value for key, value in pretrained.hf_config.items() if key not in _DROPPED_KEYS}
     stem = pretrained.family.model_types[values["model_type"]]
+    tokenizer = pretrained.load_tokenizer()
+    if tokenizer is not None and values.get("pad_token_id") is None:
+        values["pad_token_id"] = tokenizer.pad_token_id  # by which transformers finds a decoder's last real token
     return values | {
         "architectures": [stem + ("Model" if pretrained.pooling == "mean" else "ForSequenceClassification")],
         **pretrained.config.to_dict(),

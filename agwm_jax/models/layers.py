@@ -69,6 +69,33 @@ def layer_norm(
     return (rows * scale + bias).astype(x.dtype)
 
 
+def rms_norm(x: Float[Array, "*shape d"], scale: Float[Array, "d"], *, epsilon: float) -> Float[Array, "*shape d"]:
+    """Root-mean-square norm over the last axis, times `scale`; in the dtype of `x`.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467.
+
+    Args:
+        epsilon: added to the mean square.
+    """
+    rows, _ = _scale_rows(_wide(x), epsilon)
+    return (rows * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _scale_rows(x, epsilon):
+    inverse = lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+    return x * inverse, inverse
+
+
+@_scale_rows.defjvp
+def _scale_rows_jvp(primals, tangents):
+    x, epsilon = primals
+    dx, _ = tangents  # epsilon is a constant
+    rows, inverse = _scale_rows(x, epsilon)
+    along = (rows * dx).mean(axis=-1, keepdims=True)
+    return (rows, inverse), (inverse * (dx - rows * along), -(inverse * inverse) * along)
+
+
 @jax.custom_jvp
 def _standardise(x, epsilon):
     centred = x - x.mean(axis=-1, keepdims=True)

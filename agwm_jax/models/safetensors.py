@@ -73,7 +73,7 @@ def canonical(tensors: Mapping[str, np.ndarray], family: Family) -> dict[str, np
 def num_classes(tensors: Mapping[str, np.ndarray], table: Table) -> int | None:
     """Size of the head among `canonical` tensors; None where there is none."""
     sizes = [
-        tensors[row.name].shape[0] for row in table.values() if row.weight.axes == (CLASSES,) and row.name in tensors
+        tensors[row.name].shape[0] for row in table.values() if row.weight.axes[-1] == CLASSES and row.name in tensors
     ]
     return int(sizes[0]) if sizes else None
 

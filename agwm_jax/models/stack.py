@@ -55,11 +55,13 @@ def norm(module: nnx.LayerNorm, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]
 
 
 def make_linear(
-    config: Any, options: Options, dtype: DTypeLike, rngs: nnx.Rngs, inputs: int, outputs: int
+    config: Any, options: Options, dtype: DTypeLike, rngs: nnx.Rngs, inputs: int, outputs: int, bias: bool = True
 ) -> nnx.Linear:
     """A dense layer that computes in `dtype`."""
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=options.wide, kernel_init=init, rngs=rngs)
+    return nnx.Linear(
+        inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=options.wide, kernel_init=init, rngs=rngs
+    )
 
 
 def make_norm(config: Any, options: Options, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:

@@ -20,11 +20,12 @@ CLASSES = "classes"
 class Weight(NamedTuple):
     """One weight of a model.
 
-    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``positions``, ``types`` (rows of a table),
-    ``buckets`` (of distances, rows of a table), ``width`` (of the hidden state, as rows or columns of a matrix),
-    ``embedding`` (of the tables, where it is another), ``heads`` (heads times their width), ``per_head`` (one number a
-    head), ``mlp`` (inner width), ``classes``; ``vector`` for the only axis of a bias or a norm that has the hidden
-    state's width. The mesh maps them to devices by one small table.
+    Logical axes are names of what an axis counts: ``layers``, ``vocab``, ``positions``, ``types``, ``buckets`` of
+    distances (rows of a table), ``width`` (of the hidden state, as rows or columns of a matrix), ``embedding`` (of the
+    tables, where it is another), ``heads`` (heads times their width), ``kv_heads`` (the same of keys and values that
+    several heads share), ``head`` (the width of one), ``per_head`` (one number a head), ``mlp`` (inner width),
+    ``classes``; ``vector`` for the only axis of a bias or a norm that has the hidden state's width. The mesh maps them
+    to devices by one small table.
     """
 
     role: Role

@@ -14,8 +14,9 @@ from agwm_jax.section import Choice, FolderOrName, Pattern, Section, Several, re
 class Model(Section):
     path: FolderOrName = Field(default="minilm", description="minilm, a local Hugging Face folder, or a hub id")
     revision: str | None = Field(default=None, description="commit, tag or branch on the hub; null: the newest")
-    pooling: Literal["cls", "mean"] | None = Field(
-        default=None, description="sentence vector; null: as the folder says, else cls"
+    pooling: Literal["cls", "last", "mean"] | None = Field(
+        default=None,
+        description="sentence vector; null: as the folder says, else cls, or last of a decoder",
     )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout rate; null: the checkpoint's own")
     dtype: Literal["float32", "bfloat16", "float64"] = Field(

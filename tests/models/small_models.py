@@ -41,8 +41,20 @@ SMALL = {
 }
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 OWN_KEYS = {
     "albert": lambda seed, width: {"embedding_size": (8, 6, width)[seed], "inner_group_num": 1 + seed % 2},
+    "llama": lambda seed, width: (
+        {"model_type": "llama", "num_key_value_heads": 1, "rope_scaling": LLAMA3, "attention_bias": True},
+        {"model_type": "qwen2", "rope_theta": 100.0, "num_key_value_heads": 1},
+        {"model_type": "qwen3", "head_dim": 6, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    )[seed],
     "electra": lambda seed, width: {"embedding_size": (6, 10, width)[seed]},
 }
 """Of config.json by family, of the number of the configuration and its width."""
@@ -68,7 +80,7 @@ def random_small(family: str, seed: int) -> Small:
         "layer_norm_eps": 1e-5,
     }
     values |= OWN_KEYS[family](seed, values["hidden_size"]) if family in OWN_KEYS else {}
-    names = read_config.__self__.file_names
+    names = getattr(read_config.__self__, "file_names", {})
     config = read_config({names.get(name, name): value for name, value in values.items()})
     return Small(config, (1, 2, 4)[seed % 3], lengths, 50 + seed, family)
 
@@ -76,11 +88,21 @@ def random_small(family: str, seed: int) -> Small:
 RANDOM = {f"{family}-{seed}": random_small(family, seed) for family in FAMILIES for seed in range(3)}
 """Every family that the package knows, three times."""
 
+OF_TYPE = {
+    (family, kind): next(
+        (small for small in RANDOM.values() if getattr(small.config, "model_type", None) == kind),
+        RANDOM[f"{family}-1"],
+    )
+    for family in FAMILIES
+    for kind in FAMILIES[family].value().model_types
+}
+"""A classifier for every model type."""
+
 FIRST = {family: RANDOM[f"{family}-1"] for family in FAMILIES}
 """One classifier a family."""
 
 
-def build(small: Small, *, pooling: str = "cls", **options: Any) -> tuple[Model, dict[str, np.ndarray]]:
+def build(small: Small, *, pooling: str | None = None, **options: Any) -> tuple[Model, dict[str, np.ndarray]]:
     """Model and parameters; weights large enough that attention is far from even."""
     model, shapes = build_model(
         small.of, small.config, num_labels=small.num_labels, pooling=pooling, options=Options(**options)
@@ -101,7 +123,7 @@ def batch_of(small: Small, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     padding = getattr(small.config, "pad_token_id", 0)
     ids = rng.integers(1, small.config.vocab_size, shape)
     ids = np.where(mask, np.where(ids == padding, 0, ids), padding)
-    types = rng.integers(0, max(1, small.config.type_vocab_size), shape) * mask
+    types = rng.integers(0, max(1, getattr(small.config, "type_vocab_size", 0)), shape) * mask
     regression = small.num_labels == 1
     labels = rng.normal(size=shape[0]) if regression else rng.integers(0, small.num_labels, shape[0])
     return {

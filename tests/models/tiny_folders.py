@@ -34,12 +34,16 @@ def _wordpiece(name: str, words: list[str] = WORDS) -> Any:
     return write
 
 
-def _byte_level(path: Path, size: int) -> None:
+def _byte_level(name: str, special: Sequence[str] = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")) -> Any:
     """A byte-level BPE of a few bytes and one merge."""
-    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abcdeghiklnorstuwy."[: size - 7], "Ġ", "th"]
-    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (path / "merges.txt").write_text("#version: 0.2\nt h\n")
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizer"}))
+
+    def write(path: Path, size: int) -> None:
+        words = [*special, *"abcdeghiklnorstuwy."[: size - 7], "Ġ", "th"]
+        (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+        (path / "merges.txt").write_text("#version: 0.2\nt h\n")
+        (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+
+    return write
 
 
 def _sentencepiece(name: str, special: Sequence[str] = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")) -> Any:
@@ -56,13 +60,28 @@ def _sentencepiece(name: str, special: Sequence[str] = ("<s>", "<pad>", "</s>", 
     return write
 
 
+def _whole_words(path: Path, size: int) -> None:
+    """A tokenizer without a padding token, as decoders have it: the end of the text stands for it."""
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(40))][:size]
+    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
+    special = [{"id": i, "content": words[i], "special": True} | dict.fromkeys(_FLAGS, False) for i in range(3)]
+    file = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model, "added_tokens": special}
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 TOKENIZERS = {
     "albert": _sentencepiece("AlbertTokenizer", ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]),
     "bert": _wordpiece("BertTokenizer"),
     "distilbert": _wordpiece("DistilBertTokenizer"),
     "electra": _wordpiece("ElectraTokenizer"),
+    "llama": _whole_words,
+    "qwen2": _byte_level("Qwen2Tokenizer", ["<|endoftext|>"]),
+    "qwen3": _byte_level("Qwen2Tokenizer", ["<|endoftext|>"]),
     "mpnet": _wordpiece("MPNetTokenizer", ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *WORDS[5:]]),
-    "roberta": _byte_level,
+    "roberta": _byte_level("RobertaTokenizer"),
     "xlm-roberta": _sentencepiece("XLMRobertaTokenizer"),
     "camembert": _sentencepiece("CamembertTokenizer"),
 }

@@ -1,6 +1,7 @@
 """The PyTorch side: transformers' models with given parameters, their logits and their gradients."""
 
 import inspect
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,49 @@ from agwm_jax.models.safetensors import to_tensors
 
 def torch_model(family: Family, config: Any, params: dict[str, Any]) -> Any:
     """Transformers' classifier with plain attention, holding `params` in their dtype."""
-    values = {"pad_token_id": 0, "num_labels": params["classifier.bias"].shape[0]} | config.to_dict()
-    hf_config = transformers.AutoConfig.for_model(next(iter(family.model_types)), **values)
+    values = {"pad_token_id": 0, "num_labels": params["classifier.kernel"].shape[1]} | config.to_dict()
+    kind = getattr(config, "model_type", next(iter(family.model_types)))
+    hf_config = transformers.AutoConfig.for_model(kind, **values)
     hf_config._attn_implementation = "eager"
     model = transformers.AutoModelForSequenceClassification.from_config(hf_config).eval()
     tensors = to_tensors(params, family, family.table(config))
-    model = model.to(torch.float64 if params["classifier.bias"].dtype == np.float64 else torch.float32)
+    model = model.to(torch.float64 if params["classifier.kernel"].dtype == np.float64 else torch.float32)
+    if model.dtype == torch.float64:
+        in_float64(model)
     model.load_state_dict({name: torch.tensor(tensor) for name, tensor in tensors.items()}, strict=True)
     return model
+
+
+def in_float64(model: Any) -> None:
+    """Replace what transformers computes in float32 at any dtype: angles, root-mean-square norms, plain softmax."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            model.config._attn_implementation = "sdpa"
+            module.forward = partial(exact_angles, model.config)
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(exact_norm, module)
+
+
+def exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """In the dtype of `x`."""
+    return module.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+def exact_angles(config: Any, x: Any, position_ids: Any, layer_type: str | None = None) -> Any:
+    """Cosine and sine of rotary positions in float64."""
+    rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    if rope["rope_type"] == "linear":
+        frequencies /= rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies *= share + (1 - share) / rope["factor"]
+    angles = position_ids[..., None].double() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def torch_inputs(batch: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
