@@ -55,6 +55,12 @@ class Row(NamedTuple):
     name: str
     """In the file, without the family's prefix; ``{}`` stands for the layer number of a stacked weight."""
     transform: Transform = KEEP
+    part: tuple[int, int] = (0, 1)
+    """(i, n): it is the i-th of n equal parts of the file's tensor along its first axis."""
+    first_layer: int = 0
+    """The first layer that has it in the file; what earlier layers have of it does nothing."""
+    prefixed: bool = True
+    """Whether the family's prefix stands before its name (never before those of the head)."""
 
 
 Table = Mapping[str, Row]
@@ -91,6 +97,8 @@ class Family(NamedTuple):
     """At least one of them lies in a folder with a tokenizer."""
     poolings: tuple[str, ...] = ("cls", "mean")
     """What may become of the tokens' vectors; the first is what transformers' classifier does."""
+    pooling_key: str = ""
+    """The key of config.json that chooses among them, where transformers' classifier knows them all."""
 
 
 FAMILIES: Registry[Callable[[], Family]] = Registry("model family", "families", "agwm_jax.models")

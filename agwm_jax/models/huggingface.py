@@ -113,7 +113,8 @@ def load_pretrained(
     config = family.read_config(hf_config).with_dropout(dropout)
     table = family.table(config)
     ours = hf_config.get("agwm_jax")
-    saved_pooling = ours.get("pooling", family.poolings[0]) if isinstance(ours, dict) else family.poolings[0]
+    saved_pooling = hf_config.get(family.pooling_key, family.poolings[0])
+    saved_pooling = ours.get("pooling", saved_pooling) if isinstance(ours, dict) else saved_pooling
     pooling = saved_pooling if pooling is None else pooling
     tensors = canonical(read_safetensors(folder), family)
     num_labels = num_labels or (None if label_names is None else len(label_names))
@@ -226,7 +227,7 @@ def save_pretrained(
 
 def transformers_compatible(pretrained: Pretrained) -> str | None:
     """None if a folder saved from `pretrained` gives the same logits in transformers, else the reason why not."""
-    if pretrained.pooling == "mean":
+    if pretrained.pooling == "mean" and not pretrained.family.pooling_key:
         return (
             "The head sits on the mean of the token vectors, for which transformers has no class: "
             "AutoModel loads the encoder, and agwm_jax alone loads encoder and head."
@@ -305,8 +306,11 @@ def _saved_config(pretrained: Pretrained, label_names: tuple[str, ...]) -> dict[
     tokenizer = pretrained.load_tokenizer()
     if tokenizer is not None and values.get("pad_token_id") is None:
         values["pad_token_id"] = tokenizer.pad_token_id  # by which transformers finds a decoder's last real token
+    if pretrained.family.pooling_key:
+        values[pretrained.family.pooling_key] = pretrained.pooling
+    bare = transformers_compatible(pretrained) is not None
     return values | {
-        "architectures": [stem + ("Model" if pretrained.pooling == "mean" else "ForSequenceClassification")],
+        "architectures": [stem + ("Model" if bare else "ForSequenceClassification")],
         **pretrained.config.to_dict(),
         "num_labels": len(label_names),
         "id2label": {str(i): name for i, name in enumerate(label_names)},

@@ -11,8 +11,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 
 @jax.custom_jvp
@@ -54,7 +55,7 @@ def _gelu_jvp(primals, tangents):
 
 
 def layer_norm(
-    x: Float[Array, "*shape d"], scale: Float[Array, "d"], bias: Float[Array, "d"], *, epsilon: float
+    x: Float[Array, "*shape d"], scale: Float[Array, "d"], bias: Float[Array, "d"] | None, *, epsilon: float
 ) -> Float[Array, "*shape d"]:
     """Layer norm over the last axis: mean 0 and variance 1 before `scale` and `bias`; in the dtype of `x`.
 
@@ -65,8 +66,8 @@ def layer_norm(
         epsilon: added to the variance.
     """
     rows, _ = _standardise(_wide(x), epsilon)
-    scale, bias = (jnp.expand_dims(each, range(x.ndim - 1)) for each in (scale, bias))
-    return (rows * scale + bias).astype(x.dtype)
+    scaled = rows * jnp.expand_dims(scale, range(x.ndim - 1))
+    return (scaled if bias is None else scaled + jnp.expand_dims(bias, range(x.ndim - 1))).astype(x.dtype)
 
 
 def rms_norm(x: Float[Array, "*shape d"], scale: Float[Array, "d"], *, epsilon: float) -> Float[Array, "*shape d"]:
@@ -168,6 +169,54 @@ def attention(
     scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=wide)
     probabilities = softmax(scores * query.shape[-1] ** -0.5 + bias).astype(value.dtype)
     return jnp.einsum("bhqk,bkhe->bqhe", dropout(probabilities, rate, key), value)
+
+
+def local_attention(
+    query: Float[Array, "b t h e"],
+    keys: Float[Array, "b t h e"],
+    value: Float[Array, "b t h e"],
+    real: Bool[Array, "b t"],
+    *,
+    reach: int,
+    rate: float,
+    key: Key[Array, ""] | None,
+) -> Float[Array, "b t h e"]:
+    """Attention of each position to those at most `reach` away, as plain products.
+
+    Of long texts the score matrix is never whole: a block of `reach` queries meets its own keys and those of the blocks
+    on both sides, ``t * 3 reach`` scores a head instead of ``t * t``. Source: Beltagy et al., arXiv 2004.05150.
+
+    Args:
+        query, keys, value: heads of width e, before the scale.
+        real: which positions are no padding.
+        reach: farthest distance.
+        rate, key: dropout of the probabilities, as for `dropout`.
+    """
+    b, t, h, e = query.shape
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+
+    def bias(seen):
+        return jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
+
+    if t <= 3 * reach:
+        near = np.abs(np.arange(t)[:, None] - np.arange(t)[None]) <= reach
+        return attention(query, keys, value, bias(real[:, None, None] & near[None, None]), rate=rate, key=key)
+    blocks = -(-t // reach)
+    short = blocks * reach - t
+
+    def with_neighbours(x):
+        """``[b * blocks, 3 reach, ...]``."""
+        padded = jnp.pad(x, [(0, 0), (reach, reach + short), *[(0, 0)] * (x.ndim - 2)])
+        cut = padded.reshape(b, blocks + 2, reach, *x.shape[2:])
+        joined = jnp.concatenate([cut[:, :-2], cut[:, 1:-1], cut[:, 2:]], axis=2)
+        return joined.reshape(b * blocks, 3 * reach, *x.shape[2:])
+
+    queries = jnp.pad(query, [(0, 0), (0, short), (0, 0), (0, 0)]).reshape(b * blocks, reach, h, e)
+    near = np.abs(reach + np.arange(reach)[:, None] - np.arange(3 * reach)[None]) <= reach
+    seen = with_neighbours(real)[:, None, None] & near[None, None]
+    around = with_neighbours(keys), with_neighbours(value)
+    found = attention(queries, *around, bias(seen), rate=rate, key=key)
+    return found.reshape(b, blocks * reach, h, e)[:, :t]
 
 
 def _wide(x: Array) -> Array:

@@ -111,12 +111,16 @@ def to_params(
     for path in wanted:
         row, shape = table[path], shapes[path].shape
         names, shape = (_names(row, depth), shape[1:]) if row.weight.is_stacked else ([row.name], shape)
+        names = names[row.first_layer :]
         used.update(names)
         missing += [name for name in names if name not in tensors]
         wrong = [text for name in names if name in tensors and (text := _misfit(tensors, row, shape, name))]
         misfits += wrong
         if not missing and not misfits:
-            values = [row.transform.read(tensors[name]).astype(shapes[path].dtype) for name in names]
+            i, parts = row.part
+            own = [np.split(tensors[name], parts)[i] for name in names]
+            values = [row.transform.read(tensor).astype(shapes[path].dtype) for tensor in own]
+            values = [np.ones_like(values[0])] * row.first_layer + values
             params[path] = np.stack(values) if row.weight.is_stacked else np.ascontiguousarray(values[0])
     # A head of another task or another size and, with mean pooling, the pooler are no part of this model.
     unused = {row.name for path, row in table.items() if path not in wanted}
@@ -140,15 +144,16 @@ def to_tensors(params: Mapping[str, Any], family: Family, table: Table) -> dict[
 
     Tensors are float64 where the parameters are, else float32.
     """
-    tensors = {}
+    tensors: dict[str, dict[int, np.ndarray]] = {}
     for path, value in params.items():
         row = table[path]
-        prefix = "" if row.weight.role == "head" else family.prefix
+        prefix = family.prefix if row.prefixed and row.weight.role != "head" else ""
         array = np.asarray(value, np.float64 if value.dtype == np.float64 else np.float32)
         names, parts = (_names(row, len(array)), array) if row.weight.is_stacked else ([row.name], array[None])
-        for name, part in zip(names, parts, strict=True):
-            tensors[prefix + name] = np.ascontiguousarray(row.transform.write(part))
-    return tensors
+        for name, part in list(zip(names, parts, strict=True))[row.first_layer :]:
+            tensors.setdefault(prefix + name, {})[row.part[0]] = row.transform.write(part)
+    # Safetensors writes memory as it lies.
+    return {name: np.ascontiguousarray(np.concatenate([own[i] for i in sorted(own)])) for name, own in tensors.items()}
 
 
 def _names(row: Row, depth: int) -> list[str]:
@@ -159,7 +164,8 @@ def _misfit(tensors: Mapping[str, np.ndarray], row: Row, shape: tuple[int, ...],
     name = name or row.name
     if name not in tensors:
         return f"{name} is missing"
-    expected = row.transform.write(np.broadcast_to(np.float32(0), shape)).shape
+    first, *others = row.transform.write(np.broadcast_to(np.float32(0), shape)).shape
+    expected = (first * row.part[1], *others)
     if tensors[name].shape != expected:
         return f"{name} is {list(tensors[name].shape)} in the weights, {list(expected)} by config.json"
     if not jnp.issubdtype(tensors[name].dtype, jnp.floating):

@@ -1,6 +1,7 @@
 """Layers of one kind, stacked and scanned, and the parts that families build them of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -50,8 +51,9 @@ def dense(module: nnx.Linear, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
 
 def norm(module: nnx.LayerNorm, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Layer norm with the module's weights."""
-    scale, bias = module.scale.get_value(), module.bias.get_value()  # type: ignore[union-attr]  # it has both
-    return layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), epsilon=module.epsilon)
+    bias = None if module.bias is None else jnp.asarray(module.bias.get_value())
+    scale = jnp.asarray(module.scale.get_value())  # type: ignore[union-attr]  # it has one
+    return layer_norm(x, scale, bias, epsilon=module.epsilon)
 
 
 def make_linear(
@@ -64,7 +66,9 @@ def make_linear(
     )
 
 
-def make_norm(config: Any, options: Options, rngs: nnx.Rngs, width: int | None = None) -> nnx.LayerNorm:
+def make_norm(
+    config: Any, options: Options, rngs: nnx.Rngs, width: int | None = None, *, bias: bool = True
+) -> nnx.LayerNorm:
     """A norm over the width; None: that of the hidden state."""
     # The fast variance, E[x^2] - E[x]^2, loses too many digits for parity with the reference.
     return nnx.LayerNorm(
@@ -73,6 +77,7 @@ def make_norm(config: Any, options: Options, rngs: nnx.Rngs, width: int | None =
         dtype=options.dtype,
         param_dtype=options.wide,
         use_fast_variance=False,
+        use_bias=bias,
         rngs=rngs,
     )
 
@@ -87,9 +92,19 @@ class Stack(nnx.Module):
         config: of the model.
         options: how it computes.
         rngs: stream "params" for the initial weights.
+        kinds: of each layer, where they are not all computed alike; given to it as ``kind=``. The scan is over the
+            shortest period of kinds, after the layers before the first of them.
     """
 
-    def __init__(self, layer: Callable[..., nnx.Module], config: Any, *, options: Options, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        layer: Callable[..., nnx.Module],
+        config: Any,
+        *,
+        options: Options,
+        rngs: nnx.Rngs,
+        kinds: Sequence[Any] | None = None,
+    ) -> None:
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> nnx.Module:
@@ -99,6 +114,7 @@ class Stack(nnx.Module):
         self.depth, self.turns = config.depth, config.turns
         self.unroll = options.unroll or (self.depth if self.depth <= _FEW_LAYERS else 1)
         self.remat = options.remat
+        self.kinds = None if kinds is None else tuple(kinds)
 
     def __call__(
         self, x: Float[Array, "b t d"], *shared: Any, key: Key[Array, ""] | None, **static: Any
@@ -113,20 +129,54 @@ class Stack(nnx.Module):
         """
         graph, weights = nnx.split(self.layers)
 
-        def layer(x, weights_and_key):
+        def layer(x, weights_and_key, **kind):
             weights, key = weights_and_key
-            return nnx.merge(graph, weights)(x, *shared, key=key, **static), None
+            return nnx.merge(graph, weights)(x, *shared, key=key, **static, **kind), None
 
-        if self.remat != "none":
+        def once_more(layer):
+            """With what `remat` says computed again."""
+            if self.remat == "none":
+                return layer
             # Layers of one turn could share what they compute again, layers of two turns cannot.
-            layer = jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll > 1)
+            several = self.unroll > 1 or self.kinds is not None
+            return jax.checkpoint(layer, policy=_POLICIES[self.remat], prevent_cse=several)
 
         def turn(x, key):
-            keys = None if key is None else jax.random.split(key, self.depth)
-            return lax.scan(layer, x, (weights, keys), unroll=self.unroll)[0], None
+            own = weights, None if key is None else jax.random.split(key, self.depth)
+            if self.kinds is None:
+                return lax.scan(once_more(layer), x, own, unroll=self.unroll)[0], None
+            layers = [once_more(partial(layer, kind=kind)) for kind in self.kinds]
+            start, period, count = _period(self.kinds)
+            end = start + period * count
+
+            def several(x, own, first=start, number=period):
+                for i in range(number):
+                    x, _ = layers[first + i](x, jax.tree.map(lambda w, i=i: w[i], own))
+                return x, None
+
+            def between(low, high):
+                return jax.tree.map(lambda w: w[low:high], own)
+
+            x, _ = several(x, between(0, start), 0, start)
+            stacked = jax.tree.map(lambda w: w.reshape(count, period, *w.shape[1:]), between(start, end))
+            x, _ = lax.scan(several, x, stacked, unroll=max(1, self.unroll // period))
+            return several(x, between(end, self.depth), end, self.depth - end)
 
         if self.turns == 1:
             return turn(x, key)[0]
         weights = materialise(weights)  # not in every turn again
         keys = None if key is None else jax.random.split(key, self.turns)
         return lax.scan(turn, x, keys, length=self.turns)[0]
+
+
+def _period(kinds: Sequence[Any]) -> tuple[int, int, int]:
+    """Where what repeats begins, the length of its period, and how often it comes whole; the shortest program."""
+    best = (0, len(kinds), 1)
+    for start in range(len(kinds)):
+        for period in range(1, len(kinds) - start + 1):
+            count = (len(kinds) - start) // period
+            whole = kinds[start : start + period * count]
+            if all(kind == whole[i % period] for i, kind in enumerate(whole)):
+                found = (start, period, count)
+                best = min(best, found, key=lambda each: (len(kinds) - each[1] * (each[2] - 1), each[0]))
+    return best

@@ -55,11 +55,16 @@ OWN_KEYS = {
         {"model_type": "qwen2", "rope_theta": 100.0, "num_key_value_heads": 1},
         {"model_type": "qwen3", "head_dim": 6, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
     )[seed],
+    "modernbert": lambda seed, width: (
+        {"local_attention": 8, "classifier_pooling": "mean", "norm_bias": True},
+        {"local_attention": 5, "attention_bias": True, "mlp_bias": True, "classifier_bias": True},
+        {"local_attention": 6, "num_hidden_layers": 6, "global_attn_every_n_layers": 2, "local_rope_theta": 50.0},
+    )[seed],
     "electra": lambda seed, width: {"embedding_size": (6, 10, width)[seed]},
 }
 """Of config.json by family, of the number of the configuration and its width."""
-LENGTHS = {("mpnet", 2): (150, 3, 61)}
-"""Of texts, where they matter: beyond the farthest bucket."""
+LENGTHS = {("mpnet", 2): (150, 3, 61), ("modernbert", 0): (29, 4), ("modernbert", 2): (17, 31, 9)}
+"""Of texts, where they matter: beyond the farthest bucket, and the blocks of local attention."""
 
 
 def random_small(family: str, seed: int) -> Small:

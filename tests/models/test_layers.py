@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import equations
 
-from agwm_jax.models.layers import attention, gelu, layer_norm, linear, softmax
+from agwm_jax.models.layers import attention, gelu, layer_norm, linear, local_attention, rms_norm, softmax
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
@@ -22,11 +23,13 @@ def _plain_layer_norm(x, scale, bias):
 
 
 def _plain_attention(query, keys, value, bias):
-    scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys) / query.shape[-1] ** 0.5 + bias[:, None, None, :]
+    scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys) / query.shape[-1] ** 0.5 + bias
     return jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)
 
 
-PADDED = jnp.array([[0.0] * 5, [0.0, 0.0, *[jnp.finfo(jnp.float32).min] * 3]])
+PADDED = jnp.array([[0.0] * 5, [0.0, 0.0, *[jnp.finfo(jnp.float32).min] * 3]])[:, None, None]
+LONG = np.arange(17)[None] < np.array([17, 11])[:, None]  # no multiple of the reach, and more than three of it
+NEAR = np.abs(np.arange(17)[:, None] - np.arange(17)[None]) <= 3
 PARTS = {
     "softmax": (softmax, jax.nn.softmax, (3 * _normal(0, 4, 7),)),
     "gelu": (gelu, partial(jax.nn.gelu, approximate=False), (3 * _normal(1, 5, 6),)),
@@ -34,6 +37,18 @@ PARTS = {
         partial(layer_norm, epsilon=1e-3),
         _plain_layer_norm,
         (2 + _normal(2, 3, 2, 8), 1 + _normal(3, 8), _normal(4, 8)),
+    ),
+    "rms_norm": (
+        partial(rms_norm, epsilon=1e-3),
+        lambda x, scale: x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale[None, None],
+        (2 + _normal(2, 3, 2, 8), 1 + _normal(3, 8)),
+    ),
+    "local_attention": (
+        lambda *heads: local_attention(*heads, jnp.asarray(LONG), reach=3, rate=0.0, key=None) * LONG[..., None, None],
+        lambda *heads: (
+            _plain_attention(*heads, jnp.where(LONG[:, None, None] & NEAR, 0, -1e30)) * LONG[..., None, None]
+        ),
+        tuple(_normal(seed, 2, 17, 2, 4) for seed in (8, 9, 10)),
     ),
     "linear": (
         linear,
@@ -70,7 +85,7 @@ def test_values_and_derivatives_to_second_order_are_those_of_the_plain_formula(n
     chex.assert_trees_all_close(found, expected, rtol=3e-5, atol=3e-5)
 
 
-@pytest.mark.parametrize("name", ["softmax", "gelu", "layer_norm"])
+@pytest.mark.parametrize("name", ["softmax", "gelu", "layer_norm", "rms_norm"])
 def test_the_backward_pass_keeps_no_more_than_the_rule_needs(name):
     part, _, arguments = PARTS[name]
     kept = jax.tree.leaves(jax.vjp(part, *arguments)[1])
@@ -101,3 +116,13 @@ def test_equal_entries_of_a_row_leave_finite_derivatives():
     part = partial(layer_norm, epsilon=1e-12)
     arguments = jnp.ones((2, 4)), jnp.ones(4), jnp.zeros(4)
     chex.assert_tree_all_finite(jax.jit(partial(_derivatives, part))(arguments))
+
+
+def test_local_attention_of_a_long_text_has_no_whole_score_matrix():
+    heads = [jax.ShapeDtypeStruct((1, 400, 2, 4), jnp.float32)] * 3
+
+    def attended(*heads):
+        return local_attention(*heads, jnp.ones((1, 400), bool), reach=8, rate=0.0, key=None)
+
+    sizes = [variable.aval.size for e in equations(jax.make_jaxpr(attended)(*heads)) for variable in e.outvars]
+    assert max(sizes) <= 2 * 400 * 3 * 8, "blocks of 8 queries and 24 keys, of two heads"

@@ -80,6 +80,7 @@ TOKENIZERS = {
     "llama": _whole_words,
     "qwen2": _byte_level("Qwen2Tokenizer", ["<|endoftext|>"]),
     "qwen3": _byte_level("Qwen2Tokenizer", ["<|endoftext|>"]),
+    "modernbert": _whole_words,
     "mpnet": _wordpiece("MPNetTokenizer", ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *WORDS[5:]]),
     "roberta": _byte_level("RobertaTokenizer"),
     "xlm-roberta": _sentencepiece("XLMRobertaTokenizer"),

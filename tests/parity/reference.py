@@ -1,6 +1,7 @@
 """The PyTorch side: transformers' models with given parameters, their logits and their gradients."""
 
 import inspect
+import sys
 from functools import partial
 from typing import Any
 
@@ -32,9 +33,21 @@ def in_float64(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             model.config._attn_implementation = "sdpa"
+            sys.modules[type(model).__module__].apply_rotary_pos_emb = exact_turn
             module.forward = partial(exact_angles, model.config)
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(exact_norm, module)
+
+
+def exact_turn(query: Any, keys: Any, cosine: Any, sine: Any, unsqueeze_dim: int = 1) -> Any:
+    """Queries and keys turned by the angles, in their dtype."""
+    cosine, sine = cosine.unsqueeze(unsqueeze_dim), sine.unsqueeze(unsqueeze_dim)
+
+    def turned(x: Any) -> Any:
+        first, second = x.chunk(2, dim=-1)
+        return x * cosine + torch.cat([-second, first], dim=-1) * sine
+
+    return turned(query), turned(keys)
 
 
 def exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
