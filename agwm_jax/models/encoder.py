@@ -94,14 +94,15 @@ class EncoderLayer(nnx.Module):
         self,
         x: Float[Array, "b t d"],
         bias: Float[Array, "#b #h #t t"],
-        lengths: Int[Array, "b"],
+        others: Any,
         *,
         key: Key[Array, ""] | None,
         fuse: bool = False,
     ) -> Float[Array, "b t d"]:
+        """`bias` and `others` are what `attend` reads."""
         attention_key, output_key, ffn_key = split(key, 3)
         rate = self.config.hidden_dropout_prob
-        attended = dense(self.attention_output, self.attend(x, bias, lengths, key=attention_key, fuse=fuse))
+        attended = dense(self.attention_output, self.attend(x, bias, others, key=attention_key, fuse=fuse))
         x = over_data(norm(self.attention_norm, x + dropout(attended, rate, output_key)))
         inner = ACTIVATIONS[self.config.hidden_act](dense(self.intermediate, x))
         inner = dropout(dense(self.output, inner), self.config.feed_forward_dropout, ffn_key)
@@ -274,7 +275,9 @@ def encoder_rows(
     """
     last = config.depth + 1
     axis = "width" if config.embedding_width == config.hidden_size else "embedding"
-    tables = {"embeddings.word": "vocab", "embeddings.position": "positions"}
+    tables = {"embeddings.word": "vocab"}
+    if config.has_positions:
+        tables["embeddings.position"] = "positions"
     if config.has_types:
         tables["embeddings.token_type"] = "types"
     rows = {

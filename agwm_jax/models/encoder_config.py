@@ -143,6 +143,11 @@ class EncoderConfig:
         return "type_vocab_size" not in self.lacks
 
     @property
+    def has_positions(self) -> bool:
+        """Whether there is a table of positions."""
+        return True
+
+    @property
     def head_dropout(self) -> float:
         """Rate before the layers of the classifier."""
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout

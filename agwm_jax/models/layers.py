@@ -167,7 +167,14 @@ def attention(
     """
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=wide)
-    probabilities = softmax(scores * query.shape[-1] ** -0.5 + bias).astype(value.dtype)
+    return scored_attention(scores * query.shape[-1] ** -0.5 + bias, value, rate=rate, key=key)
+
+
+def scored_attention(
+    scores: Float[Array, "b h q k"], value: Float[Array, "b k h e"], *, rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "b q h e"]:
+    """``softmax(scores) v``, a head at a time; `rate` and `key` of the probabilities' dropout."""
+    probabilities = softmax(scores).astype(value.dtype)
     return jnp.einsum("bhqk,bkhe->bqhe", dropout(probabilities, rate, key), value)
 
 

@@ -60,10 +60,27 @@ OWN_KEYS = {
         {"local_attention": 5, "attention_bias": True, "mlp_bias": True, "classifier_bias": True},
         {"local_attention": 6, "num_hidden_layers": 6, "global_attn_every_n_layers": 2, "local_rope_theta": 50.0},
     )[seed],
+    "deberta_v2": lambda seed, width: {
+        "relative_attention": True,
+        "pos_att_type": (["p2c", "c2p"], "c2p|p2c", ["c2p"])[seed],
+        "share_att_key": seed == 0,
+        "position_buckets": (8, 6, -1)[seed],
+        "max_relative_positions": (-1, 24, -1)[seed],
+        "norm_rel_ebd": ("layer_norm", "layer_norm", "none")[seed],
+        "position_biased_input": seed == 2,
+        "type_vocab_size": (0, 2, 0)[seed],
+        "embedding_size": (None, 5, None)[seed],
+    },
     "electra": lambda seed, width: {"embedding_size": (6, 10, width)[seed]},
 }
 """Of config.json by family, of the number of the configuration and its width."""
-LENGTHS = {("mpnet", 2): (150, 3, 61), ("modernbert", 0): (29, 4), ("modernbert", 2): (17, 31, 9)}
+LENGTHS = {
+    ("mpnet", 2): (150, 3, 61),
+    ("deberta_v2", 0): (40, 7),
+    ("deberta_v2", 1): (33, 12),
+    ("modernbert", 0): (29, 4),
+    ("modernbert", 2): (17, 31, 9),
+}
 """Of texts, where they matter: beyond the farthest bucket, and the blocks of local attention."""
 
 

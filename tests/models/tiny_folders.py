@@ -75,6 +75,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 TOKENIZERS = {
     "albert": _sentencepiece("AlbertTokenizer", ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]),
     "bert": _wordpiece("BertTokenizer"),
+    "deberta-v2": _sentencepiece("DebertaV2Tokenizer", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]),
     "distilbert": _wordpiece("DistilBertTokenizer"),
     "electra": _wordpiece("ElectraTokenizer"),
     "llama": _whole_words,

@@ -29,12 +29,14 @@ def torch_model(family: Family, config: Any, params: dict[str, Any]) -> Any:
 
 
 def in_float64(model: Any) -> None:
-    """Replace what transformers computes in float32 at any dtype: angles, root-mean-square norms, plain softmax."""
+    """Replace what transformers computes in float32 at any dtype: angles, norms, plain softmax, roots."""
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             model.config._attn_implementation = "sdpa"
             sys.modules[type(model).__module__].apply_rotary_pos_emb = exact_turn
             module.forward = partial(exact_angles, model.config)
+        if type(module).__name__ == "DisentangledSelfAttention":
+            sys.modules[type(module).__module__].scaled_size_sqrt = exact_root
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(exact_norm, module)
 
@@ -48,6 +50,11 @@ def exact_turn(query: Any, keys: Any, cosine: Any, sine: Any, unsqueeze_dim: int
         return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
     return turned(query), turned(keys)
+
+
+def exact_root(query: Any, factor: int) -> torch.Tensor:
+    """By which scores are divided."""
+    return torch.sqrt(torch.tensor(query.size(-1) * factor, dtype=torch.float64))
 
 
 def exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -83,9 +90,12 @@ def torch_logits(model: Any, batch: dict[str, Any]) -> np.ndarray:
 
 
 def torch_gradients(model: Any, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Name in the file -> gradient of transformers' own loss."""
+    """Name in the file -> gradient of the mean loss, taken here: some of transformers' classes do it in float32."""
     labels = torch.tensor(np.asarray(batch["labels"]))
-    labels = labels if labels.is_floating_point() else labels.long()
     model.zero_grad()
-    model(**torch_inputs(batch, model), labels=labels).loss.backward()
+    logits = model(**torch_inputs(batch, model)).logits
+    if labels.is_floating_point():
+        torch.nn.functional.mse_loss(logits[:, 0], labels).backward()
+    else:
+        torch.nn.functional.cross_entropy(logits, labels.long()).backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}

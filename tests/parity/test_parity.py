@@ -38,9 +38,11 @@ def compare(model, params, family, config, batch, *, logits_error: float, gradie
     assert ours.keys() == expected.keys()
     worst, rows = 0.0, family.table(config)
     like = {}
-    if "encoder.layers.key.bias" in rows:
-        keys, queries = (rows[f"encoder.layers.{part}.bias"].name for part in ("key", "query"))
-        like = {family.prefix + keys.format(i): family.prefix + queries.format(i) for i in range(config.depth)}
+    queries = rows.get("encoder.layers.query.bias")
+    for part in ("key", "position_key"):
+        keys = rows.get(f"encoder.layers.{part}.bias")
+        for i in range(config.depth if keys and queries else 0):
+            like[family.prefix + keys.name.format(i)] = family.prefix + queries.name.format(i)
     for name, gradient in expected.items():
         # A bias of the keys shifts all scores of a query alike, so its exact gradient is 0; the query's is its scale.
         scale = np.linalg.norm(expected[like.get(name, name)])
