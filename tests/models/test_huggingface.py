@@ -288,6 +288,10 @@ def test_truncated_weights(folder, keep):
         ("{}", "model_type None"),
         ('{"model_type": "gpt2"}', "model_type 'gpt2'; supported are albert, bert, camembert, .* xlm-roberta"),
         ('{"model_type": "bert"}', "vocab_size is missing"),
+        ('{"model_type": "modern_bert"}', r"model_type 'modern_bert' \(is it modernbert\?\); supported are"),
+        ('{"architectures": ["BertForMaskedLM"]}', "vocab_size is missing"),
+        ('{"model_type": "x", "auto_map": {}}', "Code that comes with a checkpoint is not run"),
+        ('{"model_type": "bert", "quantization_config": {"bits": 4}}', "are quantised .* take the checkpoint"),
     ],
 )
 def test_config_faults(folder, text, words):
@@ -300,6 +304,21 @@ def test_undecodable_config(folder):
     (folder / "config.json").write_bytes(b'{"model_type": "\xff"}')
     with pytest.raises(AgwmError, match="not valid JSON"):
         load_pretrained(folder, num_labels=3)
+
+
+def test_an_adapter_alone(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(AgwmError, match=r"holds an adapter alone .* merge_and_unload"):
+        load_pretrained(folder, num_labels=3)
+
+
+def test_a_config_from_before_model_types(folder, tmp_path):
+    values = json.loads((folder / "config.json").read_text())
+    del values["model_type"]
+    (folder / "config.json").write_text(json.dumps(values | {"architectures": ["BertForMaskedLM"]}))
+    found = load_pretrained(folder, num_labels=3)
+    save_pretrained(tmp_path / "saved", found.params, found)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "bert"
 
 
 def test_config_missing(folder):
