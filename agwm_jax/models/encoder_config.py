@@ -160,6 +160,10 @@ class EncoderConfig:
             self, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=rate
         )
 
+    def with_attention_dropout(self, rate: float) -> "EncoderConfig":
+        """The same configuration with the rate of attention's probabilities alone set; at 0 fused attention serves."""
+        return dataclasses.replace(self, attention_probs_dropout_prob=rate)
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
         values = dataclasses.asdict(self)

@@ -84,7 +84,8 @@ class Family(NamedTuple):
     read_config: Callable[[Mapping[str, Any]], Any]
     """The configuration out of config.json's values; refuses all faults in one `AgwmError`. The library reads its
     `initializer_range` (standard deviation of fresh weights), `max_length` (longest text in tokens), `with_dropout`
-    (the same with all rates set; None changes nothing) and `to_dict` (as config.json has it)."""
+    (the same with all rates set; None changes nothing), `with_attention_dropout` where that is asked for, and `to_dict`
+    (as config.json has it)."""
     module: Callable[..., nnx.Module]
     table: Callable[[Any], Table]
     """Of a configuration."""

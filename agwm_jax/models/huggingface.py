@@ -80,6 +80,7 @@ def load_pretrained(
     dtype: DTypeLike = jnp.float32,
     pooling: str | None = None,
     dropout: float | None = None,
+    attention_dropout: float | None = None,
     seed: int = 0,
     revision: str | None = None,
     unroll: int | None = None,
@@ -99,7 +100,9 @@ def load_pretrained(
         dtype: dtype of the computation; weights are float32, or float64 where this is.
         pooling: "cls" | "mean", of decoders "last" | "mean"; None is what the folder was saved with, the family's own
             where it does not say.
-        dropout: all three dropout rates; None keeps config.json's.
+        dropout: all dropout rates; None keeps config.json's.
+        attention_dropout: that of attention's probabilities, whatever `dropout` is; None: no rate of its own. The fused
+            attention kernel drops nothing, so that it serves in training at 0 alone.
         seed: of the head's initial weights, N(0, initializer_range). The folder's own head is taken instead if it has
             the same shape, pooling and names.
         revision: branch, tag or commit of a hub id.
@@ -114,6 +117,8 @@ def load_pretrained(
     hf_config = {**hf_config, "model_type": model_type_of(hf_config)}
     family = family_of(hf_config["model_type"], folder / "config.json")
     config = family.read_config(hf_config).with_dropout(dropout)
+    if attention_dropout is not None:
+        config = config.with_attention_dropout(attention_dropout)
     table = family.table(config)
     ours = hf_config.get("agwm_jax")
     saved_pooling = hf_config.get(family.pooling_key, family.poolings[0])
@@ -280,8 +285,22 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def check_regression(model: Model) -> None:
+    """Refuse a classifier that cannot be saved in the unit of the labels.
+
+    Raises:
+        AgwmError: it has no bias for their mean.
+    """
+    if all(model.weights[path].is_matrix for path in output_paths(model.weights)):
+        raise AgwmError(
+            "The classifier of this model has no bias that could hold the mean of the labels, so no regression is "
+            "trained on it: choose an encoder."
+        )
+
+
 def in_the_labels_unit(params: Mapping[str, Any], model: Model, mean: float, std: float) -> dict[str, Any]:
     """The weights with the head's outputs times `std`, plus `mean`."""
+    check_regression(model)
     scaled = {path: np.asarray(params[path]) * params[path].dtype.type(std) for path in output_paths(model.weights)}
     return {
         path: scaled[path] + value.dtype.type(0 if model.weights[path].is_matrix else mean) if path in scaled else value

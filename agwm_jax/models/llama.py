@@ -112,6 +112,10 @@ class LlamaConfig:
         """The same configuration with attention's dropout, the only one there is, at `rate`; None changes nothing."""
         return self if rate is None else dataclasses.replace(self, attention_dropout=rate)
 
+    def with_attention_dropout(self, rate: float) -> "LlamaConfig":
+        """The same configuration with attention's dropout at `rate`."""
+        return dataclasses.replace(self, attention_dropout=rate)
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
         values = dataclasses.asdict(self) | {"rope_parameters": self.rope.to_dict()}
@@ -227,11 +231,10 @@ class LlamaClassifier(nnx.Module):
         config, wide, real = self.config, self.options.wide, jnp.asarray(batch["attention_mask"]) != 0
         t = real.shape[-1]
         check_length(t, config.max_length)
-        fuse = reverse_only and self.options.fuse_attention and not (key is not None and config.attention_dropout > 0)
-        fuse = (
-            fuse
-            and fused_refusal(dtype=self.options.dtype, head_width=config.head_dim, length=t, dropout=False) is None
-        )
+        fuse = reverse_only and self.options.fuse_attention
+        if fuse:
+            drops, kind = key is not None and config.attention_dropout > 0, self.options.dtype
+            fuse = fused_refusal(dtype=kind, head_width=config.head_dim, length=t, dropout=drops) is None
         angles = tuple(jnp.asarray(each) for each in turns(config.rope, t, config.head_dim, wide))
         x = self.encoder(embedded, causal_bias(real, wide), angles, real.sum(axis=-1), key=split(key, 2)[0], fuse=fuse)
         x = self.norm(x).astype(wide)

@@ -126,6 +126,10 @@ class ModernBertConfig:
         rates: dict[str, Any] = {} if rate is None else dict.fromkeys(_RATES, rate)
         return dataclasses.replace(self, **rates)
 
+    def with_attention_dropout(self, rate: float) -> "ModernBertConfig":
+        """The same configuration with attention's dropout at `rate`."""
+        return dataclasses.replace(self, attention_dropout=rate)
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it."""
         values = {name: x for name, x in dataclasses.asdict(self).items() if name not in ("far", "near")}

@@ -24,7 +24,7 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Method, MethodSettings, Setup
 from agwm_jax.methods.technique import Technique, compose
 from agwm_jax.methods.training import Finetune
-from agwm_jax.models.huggingface import Pretrained, in_the_labels_unit, load_pretrained, with_head
+from agwm_jax.models.huggingface import Pretrained, check_regression, in_the_labels_unit, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import matching
 from agwm_jax.settings.schema import Config, Data
@@ -136,6 +136,8 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
     """
     metrics.check(task.metrics, kind=task.kind, num_classes=len(task.label_names))
     check_length(pretrained, recipe.data)
+    if task.kind == "regression":
+        check_regression(pretrained.model)
     draws = encode_draws(
         task,
         pretrained.tokenizer,

@@ -21,6 +21,9 @@ class Model(Section):
         description="sentence vector; null: as the folder says, else cls, or last of a decoder",
     )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout rate; null: the checkpoint's own")
+    attention_dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="of attention alone; 0 lets the fused kernel train; null: as the others"
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         default="float32", description="compute type; weights are float32, or float64 with float64"
     )

@@ -38,3 +38,11 @@ def test_a_decoder_has_no_first_token_to_read(tmp_path):
     write_folder(tmp_path / "model", OF_TYPE["llama", "llama"], "llama")
     with pytest.raises(AgwmError, match="pooling is 'cls', expected 'last' or 'mean'"):
         load_pretrained(tmp_path / "model", num_labels=2, pooling="cls")
+
+
+def test_a_decoder_is_no_regressor(tmp_path):
+    write_folder(tmp_path / "model", OF_TYPE["llama", "llama"], "llama")
+    model = load_pretrained(tmp_path / "model", num_labels=1)
+    data = {"train": (TEXTS, [0.5 * i for i in range(24)]), "test": (TEXTS[:2], [0.0, 1.0])}
+    with pytest.raises(AgwmError, match="no bias that could hold the mean of the labels"):
+        fit(model, "vanilla", data, data={"batch_size": 4, "max_length": 16})

@@ -215,6 +215,8 @@ def test_dropout_setting_replaces_all_rates(folder):
     config = load_pretrained(folder, num_labels=3, dropout=0.25).config
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout) == (0.25,) * 3
     assert load_pretrained(folder, num_labels=3).config.hidden_dropout_prob == 0.1
+    config = load_pretrained(folder, num_labels=3, dropout=0.25, attention_dropout=0.0).config
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.25, 0.0)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------
