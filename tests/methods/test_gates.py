@@ -95,16 +95,21 @@ def test_a_head_has_its_own_columns_of_what_makes_it_and_rows_of_what_reads_it(f
     mixture = mixture_of("head", setup, start=0.5)
     alpha = jax.eval_shape(mixture.init_alpha, jax.random.key(0), shapes)
     found = {path.removeprefix("encoder.layers."): x.shape for path, x in alpha.items()}
-    made = {f"{name}.kernel": (2, 1, 3) for name in ("query", "key", "value")}
+    depth = config.depth
+    makers = [path for path, weight in model.weights.items() if weight.is_matrix and weight.axes[-1] == "heads"]
+    made = {path.removeprefix("encoder.layers."): (depth, 1, 3) for path in makers}
+    assert "query.kernel" in made
     assert made.items() <= found.items()
-    assert found.pop("attention_output.kernel") == (2, 3, 1)
-    assert {shape for name, shape in found.items() if name not in made} == {(2, 1, 1), (1, 1)} or family == "roberta"
+    assert found.pop("attention_output.kernel") == (depth, 3, 1)
+    alone = any(not model.weights[path].is_stacked for path in alpha)
+    others = {shape for name, shape in found.items() if name not in made}
+    assert others == {(depth, 1, 1)} | ({(1, 1)} if alone else set())
     # The second head at 0, all else at 1: its columns alone are the pretrained ones.
     own = {path: np.ones(x.shape, np.float32) for path, x in alpha.items()}
     own["encoder.layers.query.kernel"][:, :, 1] = own["encoder.layers.attention_output.kernel"][:, 1] = 0
     gates = mixture.gates(jax.tree.map(jnp.asarray, own))
-    columns = np.broadcast_to(gates["encoder.layers.query.kernel"], (2, 12, 12))
-    rows = np.broadcast_to(gates["encoder.layers.attention_output.kernel"], (2, 12, 12))
+    columns = np.broadcast_to(gates["encoder.layers.query.kernel"], (depth, 12, 12))
+    rows = np.broadcast_to(gates["encoder.layers.attention_output.kernel"], (depth, 12, 12))
     for a in (columns, rows.swapaxes(1, 2)):
         assert np.all(a[..., 4:8] == 0)
         assert np.all(a[..., :4] == 1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small_models import FIRST, SMALL, batch_of, build
+from small_models import FIRST, OF_TYPE, SMALL, batch_of, build
 from tiny_folders import WORDS, write_folder
 
 from agwm_jax.errors import AgwmError
@@ -109,7 +109,7 @@ def test_a_head_for_scores_has_no_names_to_match(tmp_path):
 @EVERY_TYPE
 def test_every_model_type_round_trips_with_its_head(tmp_path, family, model_type):
     """Names in the file, head, configuration, tokenizer; with several words a text, and in pairs."""
-    small = FIRST[family]
+    small = OF_TYPE[family, model_type]._replace(num_labels=2)
     params = write_folder(tmp_path / "model", small, model_type)
     pretrained = load_pretrained(tmp_path / "model", num_labels=small.num_labels)
     assert equal(pretrained.params, params)
@@ -122,7 +122,8 @@ def test_every_model_type_round_trips_with_its_head(tmp_path, family, model_type
     ids = again.tokenizer(*texts)["input_ids"]
     assert ids == pretrained.tokenizer(*texts)["input_ids"]
     assert max(ids) < small.config.vocab_size
-    assert again.tokenizer.pad_token_id == getattr(small.config, "pad_token_id", 0)
+    assert again.tokenizer.pad_token_id == pretrained.tokenizer.pad_token_id is not None
+    assert again.tokenizer.pad_token_id in (getattr(small.config, "pad_token_id", 0), again.tokenizer.eos_token_id)
     saved, config = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "model"))
     assert saved["model_type"] == config["model_type"] == model_type
     assert saved["architectures"] == [f"{small.of.model_types[model_type]}ForSequenceClassification"]
@@ -137,8 +138,13 @@ def test_labels_unit_is_folded_into_the_head(tmp_path, family):
     """mean + std * logits of the model that was trained on standardised labels, to the last digits of float64."""
     small = FIRST[family]._replace(num_labels=1)
     with jax.enable_x64(True):
-        write_folder(tmp_path / "model", small, next(iter(small.of.model_types)))
+        kind = getattr(small.config, "model_type", next(iter(small.of.model_types)))
+        write_folder(tmp_path / "model", small, kind)
         pretrained = load_pretrained(tmp_path / "model", num_labels=1, dtype=np.float64)
+        if "classifier.bias" not in pretrained.params:
+            with pytest.raises(AgwmError, match="no bias that could hold the mean of the labels"):
+                save_pretrained(tmp_path / "out", pretrained.params, pretrained, label_scale=(2.7, 1.5))
+            return
         save_pretrained(tmp_path / "out", pretrained.params, pretrained, label_names=("s",), label_scale=(2.7, 1.5))
         scaled = load_pretrained(tmp_path / "out", dtype=np.float64)
         assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float64"
