@@ -1,7 +1,6 @@
 """The family of DeBERTa-v2 and v3: attention to contents and to relative positions, a pooler, a linear classifier."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -45,8 +44,8 @@ class DebertaV2Config(EncoderConfig):
         """As for other encoders; ``pos_att_type`` may be a list or words joined by "|"."""
         ways = values.get("pos_att_type") or ()
         ways = tuple(way.strip() for way in ways.lower().split("|")) if isinstance(ways, str) else tuple(ways)
-        if not values.get("relative_attention"):
-            ways = ()
+        if ways and not values.get("relative_attention"):
+            refuse(["relative_attention is false beside a pos_att_type, which is not supported"])
         if values.get("conv_kernel_size"):
             refuse([f"conv_kernel_size is {values['conv_kernel_size']!r}, which is not supported"])
         return super().from_dict({**values, "pos_att_type": ways})  # type: ignore[return-value]
@@ -201,7 +200,7 @@ def relative_rows(length: int, config: DebertaV2Config) -> Int[np.ndarray, "t t"
     if config.position_buckets > 0:
         middle = config.position_buckets // 2
         apart = np.where(np.abs(distance) < middle, middle - 1, np.abs(distance)).astype(np.float32)
-        steps = np.log(apart / middle) / np.float32(math.log((config.reach - 1) / middle)) * (middle - 1)
+        steps = np.log(apart / middle) / np.log(np.float32((config.reach - 1) / middle)) * (middle - 1)
         far = (np.ceil(steps) + middle).astype(np.int64) * np.sign(distance)
         distance = np.where(apart <= middle, distance, far)
     return np.clip(distance + config.span, 0, 2 * config.span - 1)
@@ -276,7 +275,8 @@ def table(config: DebertaV2Config) -> dict[str, Row]:
     layer = "encoder.layer.{}"
     rows = encoder_rows(
         config,
-        {"path": "pooler", "name": "pooler.dense", "axes": ("width", "width")},
+        # Of the head: published encoders have no pooler.
+        {"path": "pooler", "name": "pooler.dense", "axes": ("width", "width"), "role": "head"},
         {"path": "classifier", "name": "classifier", "axes": ("width", "classes"), "role": "head"},
         names={
             "query": "attention.self.query_proj",
@@ -302,7 +302,6 @@ def table(config: DebertaV2Config) -> dict[str, Row]:
     if config.pos_att_type:
         rows["relative.embedding"] = Row(Weight("embedding", ("buckets", "width"), 0), "encoder.rel_embeddings.weight")
         rows |= norm_rows("relative_norm", "encoder.LayerNorm", depth=0)
-    rows |= {path: row._replace(prefixed=False) for path, row in rows.items() if path.startswith("pooler")}
     return rows
 
 

@@ -488,3 +488,15 @@ def test_source_folder_may_go_after_loading(folder):
     expected = {path: value.copy() for path, value in pretrained.params.items()}
     shutil.rmtree(folder)
     assert equal(pretrained.params, expected)
+
+
+def test_an_encoder_without_a_pooler_starts_one_where_it_is_of_the_head(tmp_path):
+    """As the published DeBERTa-v3 folders are."""
+    small = FIRST["deberta_v2"]
+    write_folder(tmp_path / "model", small, "deberta-v2")
+    file = tmp_path / "model" / "model.safetensors"
+    kept = {name: x for name, x in load_file(file).items() if not name.startswith(("pooler", "classifier"))}
+    save_file(kept, file, metadata={"format": "pt"})
+    found = load_pretrained(tmp_path / "model", num_labels=2)
+    assert found.head_initialised
+    assert found.model.weights["pooler.kernel"].role == "head"
