@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from agwm_jax.models.config import find_faults
 from agwm_jax.models.encoder import PooledClassifier, encoder_rows
-from agwm_jax.models.encoder_config import NarrowEmbeddingsConfig, is_whole
+from agwm_jax.models.encoder_config import NarrowEmbeddingsConfig
 from agwm_jax.models.family import FAMILIES, Family, Row
 
 
@@ -25,11 +26,9 @@ class AlbertConfig(NarrowEmbeddingsConfig):
     @classmethod
     def faults(cls, values: Mapping[str, Any]) -> list[str]:
         """What is wrong with values."""
-        faults, inner = super().faults(values), values["inner_group_num"]
+        faults = super().faults(values) + find_faults(values, counts=("inner_group_num",))
         if values["num_hidden_groups"] != 1:
             faults.append(f"num_hidden_groups is {values['num_hidden_groups']!r}, only 1 is supported")
-        if not is_whole(inner, at_least=1):
-            faults.append(f"inner_group_num is {inner!r}, expected a whole number of at least 1")
         return faults
 
     @property

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from agwm_jax.core.types import Batch
+from agwm_jax.models.classifier import Classifier
+from agwm_jax.models.config import ACTIVATIONS, find_faults, is_whole
 from agwm_jax.models.encoder import EncoderLayer, encoder_rows
-from agwm_jax.models.encoder_config import ACTIVATIONS, EncoderConfig, is_whole, refuse
-from agwm_jax.models.family import FAMILIES, Family, Options, Row, check_length, dense_rows, norm_rows
-from agwm_jax.models.layers import dropout, scored_attention
-from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, norm, over_data, split
+from agwm_jax.models.encoder_config import EncoderConfig
+from agwm_jax.models.family import FAMILIES, Family, Options, Row, dense_rows, norm_rows
+from agwm_jax.models.layers import bias_of, dropout, scored_attention
+from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, make_table, norm, over_data, split
 from agwm_jax.models.weights import Weight
 
 _WAYS = ("c2p", "p2c")
@@ -44,25 +46,42 @@ class DebertaV2Config(EncoderConfig):
         """As for other encoders; ``pos_att_type`` may be a list or words joined by "|"."""
         ways = values.get("pos_att_type") or ()
         ways = tuple(way.strip() for way in ways.lower().split("|")) if isinstance(ways, str) else tuple(ways)
-        if ways and not values.get("relative_attention"):
-            refuse(["relative_attention is false beside a pos_att_type, which is not supported"])
-        if values.get("conv_kernel_size"):
-            refuse([f"conv_kernel_size is {values['conv_kernel_size']!r}, which is not supported"])
         return super().from_dict({**values, "pos_att_type": ways})  # type: ignore[return-value]
+
+    @classmethod
+    def refused(cls, values: Mapping[str, Any]) -> list[str]:
+        """Variants that are not built here."""
+        faults, width = super().refused(values), values.get("hidden_size")
+        if values["pos_att_type"] and not values.get("relative_attention"):
+            faults.append("relative_attention is false beside a pos_att_type, which is not supported")
+        if values.get("conv_kernel_size"):
+            faults.append(f"conv_kernel_size is {values['conv_kernel_size']!r}, which is not supported")
+        if values.get("pooler_hidden_size") not in (None, width):
+            faults.append(f"pooler_hidden_size is {values['pooler_hidden_size']!r}, expected hidden_size {width!r}")
+        if "attention_head_size" in values:
+            faults.append("attention_head_size is given, which is not supported")
+        return faults
 
     @classmethod
     def faults(cls, values: Mapping[str, Any]) -> list[str]:
         """What is wrong with values."""
-        no_types = values.get("type_vocab_size") == 0
-        faults = super().faults({k: x for k, x in values.items() if k != "type_vocab_size" or not no_types})
-        if set(values["pos_att_type"]) - set(_WAYS):
-            faults.append(f"pos_att_type is {list(values['pos_att_type'])}, known are {' and '.join(_WAYS)}")
+        given = {k: x for k, x in values.items() if (k, x) not in (("type_vocab_size", 0), ("embedding_size", None))}
+        faults = super().faults(given) + find_faults(
+            given, counts=("embedding_size",), rates=("pooler_dropout",), activations=("pooler_hidden_act",)
+        )
+        ways = values["pos_att_type"]
+        if set(ways) - set(_WAYS) or len(set(ways)) < len(ways):
+            faults.append(f"pos_att_type is {list(ways)}, expected {' and '.join(_WAYS)} at most once each")
         if values["norm_rel_ebd"] not in ("none", "layer_norm"):
             faults.append(f"norm_rel_ebd is {values['norm_rel_ebd']!r}, known are none and layer_norm")
-        if values["pooler_hidden_act"] not in ACTIVATIONS:
-            faults.append(f"pooler_hidden_act is {values['pooler_hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
-        if values["embedding_size"] is not None and not is_whole(values["embedding_size"], at_least=1):
-            faults.append(f"embedding_size is {values['embedding_size']!r}, expected a whole number of at least 1")
+        buckets, reach, limit = (
+            values[name] for name in ("position_buckets", "max_relative_positions", "max_position_embeddings")
+        )
+        if not all(is_whole(x, at_least=-1) for x in (buckets, reach)):
+            return [*faults, f"position_buckets {buckets!r} and max_relative_positions {reach!r} must be whole numbers"]
+        farthest = reach if reach > 0 else limit
+        if buckets > 0 and is_whole(farthest, at_least=1) and not 2 <= buckets // 2 < farthest - 1:
+            faults.append(f"position_buckets is {buckets}, expected 4 or more, and half of it below {farthest - 1}")
         return faults
 
     @property
@@ -107,10 +126,8 @@ class Embeddings(nnx.Module):
     """Tables of words and, where the model has them, positions and token types; their sum, widened and normed."""
 
     def __init__(self, config: DebertaV2Config, *, options: Options, rngs: nnx.Rngs) -> None:
-        init, width = nnx.initializers.normal(config.initializer_range), config.embedding_width
-        embed = partial(
-            nnx.Embed, features=width, dtype=options.dtype, param_dtype=options.wide, embedding_init=init, rngs=rngs
-        )
+        width = config.embedding_width
+        embed = partial(make_table, config, options, rngs, width=width)
         self.word = embed(config.vocab_size)
         if config.position_biased_input:
             self.position = embed(config.max_position_embeddings)
@@ -125,18 +142,18 @@ class Embeddings(nnx.Module):
         self,
         words: Float[Array, "b t e"],
         types: Int[Array, "b t"],
-        mask: Int[Array, "b t"],
+        real: Bool[Array, "b t"],
         *,
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         x = words
         if self.config.position_biased_input:
-            x = x + self.position(jnp.arange(mask.shape[1])[None])
+            x = x + self.position(jnp.arange(real.shape[1])[None])
         if self.config.has_types:
             x = x + self.token_type(types)
         if self.config.projects:
             x = dense(self.projection, x)
-        x = norm(self.norm, x) * (mask != 0).astype(x.dtype)[:, :, None]
+        x = norm(self.norm, x) * real.astype(x.dtype)[:, :, None]
         return over_data(dropout(x, self.config.hidden_dropout_prob, key))
 
 
@@ -171,8 +188,10 @@ class DebertaV2Layer(EncoderLayer):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scores = jnp.einsum("bqhe,bkhe->bhqk", query, keys, preferred_element_type=wide)
         if config.pos_att_type:
-            table = dropout(positions, config.hidden_dropout_prob, table_key)
-            rows = jnp.asarray(relative_rows(t, config))[None, None]
+            rows = relative_rows(t, config)
+            low, high = int(rows.min()), int(rows.max()) + 1  # a short text reaches few of them
+            table = dropout(positions[low:high], config.hidden_dropout_prob, table_key)
+            place = jnp.asarray(rows - low)[None, None]
 
             def of_positions(own: nnx.Linear) -> Float[Array, "r h e"]:
                 return dense(own, table).reshape(-1, h, d // h)
@@ -180,12 +199,12 @@ class DebertaV2Layer(EncoderLayer):
         if "c2p" in config.pos_att_type:
             relative = of_positions(self.key if config.share_att_key else self.position_key)
             by_row = jnp.einsum("bqhe,rhe->bhqr", query, relative, preferred_element_type=wide)
-            scores = scores + jnp.take_along_axis(by_row, rows, axis=-1)
+            scores = scores + jnp.take_along_axis(by_row, place, axis=-1)
         if "p2c" in config.pos_att_type:
             relative = of_positions(self.query if config.share_att_key else self.position_query)
             by_row = jnp.einsum("bkhe,rhe->bhkr", keys, relative, preferred_element_type=wide)
             # Of key and query: the row of the distance between them, which is that of query and key.
-            scores = scores + jnp.take_along_axis(by_row, rows.swapaxes(-1, -2), axis=-1).swapaxes(-1, -2)
+            scores = scores + jnp.take_along_axis(by_row, place.swapaxes(-1, -2), axis=-1).swapaxes(-1, -2)
         scores = scores * (d // h * (1 + len(config.pos_att_type))) ** -0.5
         rate = config.attention_probs_dropout_prob
         return scored_attention(scores + bias, value, rate=rate, key=key).reshape(b, t, d)
@@ -206,7 +225,7 @@ def relative_rows(length: int, config: DebertaV2Config) -> Int[np.ndarray, "t t"
     return np.clip(distance + config.span, 0, 2 * config.span - 1)
 
 
-class DebertaV2Classifier(nnx.Module):
+class DebertaV2Classifier(Classifier):
     """DeBERTa with a pooler on the first token, or the mean over tokens and no pooler, and a linear classifier.
 
     Source: He et al., arXiv 2006.03654 and 2111.09543; layer by layer as in Hugging Face's
@@ -216,58 +235,36 @@ class DebertaV2Classifier(nnx.Module):
     def __init__(
         self, config: DebertaV2Config, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs
     ) -> None:
+        super().__init__(config, pooling=pooling, options=options)
         width, wide = config.hidden_size, options.wide
         self.embeddings = Embeddings(config, options=options, rngs=rngs)
         self.encoder = Stack(DebertaV2Layer, config, options=options, rngs=rngs)
         if config.pos_att_type:
-            init = nnx.initializers.normal(config.initializer_range)
-            self.relative = nnx.Embed(2 * config.span, width, param_dtype=wide, embedding_init=init, rngs=rngs)
+            self.relative = make_table(config, options, rngs, 2 * config.span)
             if config.norm_rel_ebd == "layer_norm":
                 self.relative_norm = make_norm(config, options, rngs)
         if pooling == "cls":
             self.pooler = make_linear(config, options, wide, rngs, width, width)
         self.classifier = make_linear(config, options, wide, rngs, width, num_labels)
-        self.config, self.pooling, self.options = config, pooling, options
 
-    def embed(self, batch: Batch) -> Float[Array, "b t e"]:
-        """Word embeddings of ``batch["input_ids"]``."""
-        return self.embeddings.word(jnp.asarray(batch["input_ids"]))
-
-    def features(
-        self,
-        embedded: Float[Array, "b t e"],
-        batch: Batch,
-        *,
-        key: Key[Array, ""] | None = None,
-        reverse_only: bool = False,
-    ) -> Float[Array, "b d"]:
-        """One vector a text, in float32 or float64; arguments as for other encoders.
-
-        Raises:
-            AgwmError: when traced, if the texts are longer than the model's positions.
-        """
-        del reverse_only
-        config, wide, mask = self.config, self.options.wide, jnp.asarray(batch["attention_mask"])
-        check_length(mask.shape[-1], config.max_length)
-        embedding_key, encoder_key, pooler_key = split(key, 3)
-        types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(mask)))
-        x = self.embeddings(embedded, types, mask, key=embedding_key)
-        positions = jnp.zeros((0, config.hidden_size), x.dtype)
-        if config.pos_att_type:
+    def states(self, embedded, ids, types, real, *, key, reverse_only) -> Float[Array, "b t d"]:
+        """After the last layer."""
+        del ids, reverse_only
+        embedding_key, encoder_key = split(key, 2)
+        x = self.embeddings(embedded, types, real, key=embedding_key)
+        positions = jnp.zeros((0, self.config.hidden_size), x.dtype)
+        if self.config.pos_att_type:
             positions = jnp.asarray(self.relative.embedding.get_value()).astype(x.dtype)
-            if config.norm_rel_ebd == "layer_norm":
+            if self.config.norm_rel_ebd == "layer_norm":
                 positions = norm(self.relative_norm, positions)
-        bias = jnp.where(mask != 0, 0.0, jnp.finfo(wide).min).astype(wide)[:, None, None]
-        x = self.encoder(x, bias, positions, key=encoder_key).astype(wide)
-        if self.pooling == "cls":
-            first = dropout(x[:, 0], config.pooler_dropout, pooler_key)
-            return ACTIVATIONS[config.pooler_hidden_act](dense(self.pooler, first))
-        weights = (mask != 0).astype(wide)[:, :, None]
-        return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+        return self.encoder(x, bias_of(real, self.options.wide)[:, None, None], positions, key=encoder_key)
 
-    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        """Of the classifier, after dropout."""
-        return self.classifier(dropout(features, self.config.head_dropout, key))
+    def first(self, x, real, *, key) -> Float[Array, "b d"]:
+        """The pooler, after dropout."""
+        del real
+        own = None if key is None else jax.random.fold_in(key, 2)  # 0 and 1 are those of the states
+        activation = ACTIVATIONS[self.config.pooler_hidden_act]
+        return activation(dense(self.pooler, dropout(x[:, 0], self.config.pooler_dropout, own)))
 
 
 def table(config: DebertaV2Config) -> dict[str, Row]:

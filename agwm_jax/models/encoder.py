@@ -1,20 +1,20 @@
 """What encoders of BERT's layout share: embedding sum, layers, pooling, rows of a table."""
 
-import abc
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from agwm_jax.core.types import Batch
-from agwm_jax.models.attention import fused_attention, fused_refusal
-from agwm_jax.models.encoder_config import ACTIVATIONS, EncoderConfig
-from agwm_jax.models.family import Options, Row, check_length, dense_rows, norm_rows
-from agwm_jax.models.layers import attention, dropout
-from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, norm, over_data, split
+from agwm_jax.models.attention import fused_attention
+from agwm_jax.models.classifier import Classifier
+from agwm_jax.models.config import ACTIVATIONS
+from agwm_jax.models.encoder_config import EncoderConfig
+from agwm_jax.models.family import Options, Row, dense_rows, norm_rows
+from agwm_jax.models.layers import attention, bias_of, dropout
+from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, make_table, norm, over_data, split
 from agwm_jax.models.weights import Weight
 
 
@@ -22,15 +22,7 @@ class Embeddings(nnx.Module):
     """Tables of words, positions and, where the model has them, token types; the norm of their sum."""
 
     def __init__(self, config: EncoderConfig, *, options: Options, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(config.initializer_range)
-        embed = partial(
-            nnx.Embed,
-            features=config.embedding_width,
-            dtype=options.dtype,
-            param_dtype=options.wide,
-            embedding_init=init,
-            rngs=rngs,
-        )
+        embed = partial(make_table, config, options, rngs, width=config.embedding_width)
         self.word = embed(config.vocab_size)
         self.position = embed(config.max_position_embeddings)
         if config.has_types:
@@ -40,7 +32,6 @@ class Embeddings(nnx.Module):
             widths = config.embedding_width, config.hidden_size
             self.projection = make_linear(config, options, options.dtype, rngs, *widths)
         self.config = config
-        self.rate = config.hidden_dropout_prob
 
     def __call__(
         self,
@@ -51,7 +42,7 @@ class Embeddings(nnx.Module):
         key: Key[Array, ""] | None,
     ) -> Float[Array, "b t d"]:
         x = words + self.token_type(types) if self.config.has_types else words
-        x = dropout(norm(self.norm, x + self.position(positions)), self.rate, key)
+        x = dropout(norm(self.norm, x + self.position(positions)), self.config.hidden_dropout_prob, key)
         return over_data(dense(self.projection, x) if self.config.projects else x)
 
 
@@ -109,14 +100,14 @@ class EncoderLayer(nnx.Module):
         return over_data(norm(self.output_norm, x + inner))
 
 
-class EncoderClassifier(nnx.Module):
-    """An encoder and a head on one vector a text: class logits, or one number where `num_labels` is 1.
+class EncoderClassifier(Classifier):
+    """An encoder with a head on the first token's state ("cls") or on the mean.
 
-    A family's class adds its head: `logits`, and where it differs `positions`, `bias` and `first`.
+    A family's class adds its head: `classifier`, and where it differs `logits`, `positions`, `bias` and `first`.
 
     Args:
         config: shape and dropout rates.
-        pooling: "cls" (what `first` makes of the first token) or "mean" (mean over real tokens).
+        pooling: "cls" or "mean".
         options: how it computes.
         rngs: stream "params" for the initial weights.
     """
@@ -125,73 +116,30 @@ class EncoderClassifier(nnx.Module):
     """Whether attention is that of `fused_attention`: no bias but that of padding."""
 
     def __init__(self, config: EncoderConfig, *, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
+        super().__init__(config, pooling=pooling, options=options)
         self.embeddings = Embeddings(config, options=options, rngs=rngs)
         self.encoder = Stack(EncoderLayer, config, options=options, rngs=rngs)
-        self.config = config
-        self.pooling = pooling
-        self.options = options
 
-    def embed(self, batch: Batch) -> Float[Array, "b t e"]:
-        """Word embeddings of ``batch["input_ids"]``."""
-        return self.embeddings.word(jnp.asarray(batch["input_ids"]))
-
-    def features(
-        self,
-        embedded: Float[Array, "b t e"],
-        batch: Batch,
-        *,
-        key: Key[Array, ""] | None = None,
-        reverse_only: bool = False,
-    ) -> Float[Array, "b d"]:
-        """One vector a text, in float32 or float64.
-
-        Args:
-            embedded: what `embed` gives.
-            batch: `input_ids`, `attention_mask` [b, t] and, where there are several types, `token_type_ids`; other
-                entries are not read.
-            key: typed PRNG key of the dropout masks; None means no dropout.
-            reverse_only: a promise that nothing differentiates this call in forward mode, or twice (`jax.jvp`,
-                `jax.linearize`, a Hessian-vector product), and that padding follows the real tokens: fused attention,
-                which bears none of these, may then serve.
-
-        Raises:
-            AgwmError: when traced, if t is larger than the position table.
-        """
-        ids, mask = jnp.asarray(batch["input_ids"]), jnp.asarray(batch["attention_mask"])
-        check_length(mask.shape[-1], self.config.max_length)
-        wide = self.options.wide
+    def states(self, embedded, ids, types, real, *, key, reverse_only) -> Float[Array, "b t d"]:
+        """After the last layer."""
+        config, t = self.config, real.shape[-1]
         embedding_key, encoder_key = split(key, 2)
-        types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids)))
         x = self.embeddings(embedded, self.positions(ids), types, key=embedding_key)
-        fuse = reverse_only and self.options.fuse_attention and self.can_fuse
-        if fuse:
-            width = self.config.hidden_size // self.config.num_attention_heads
-            drops = key is not None and self.config.attention_probs_dropout_prob > 0
-            reason = fused_refusal(dtype=self.options.dtype, head_width=width, length=mask.shape[-1], dropout=drops)
-            fuse = reason is None
-        x = self.encoder(x, self.bias(mask), (mask != 0).sum(axis=-1), key=encoder_key, fuse=fuse)
-        if self.pooling == "cls":
-            return self.first(x[:, 0].astype(wide))
-        real = (mask != 0).astype(wide)[:, :, None]
-        return (x.astype(wide) * real).sum(1) / jnp.maximum(real.sum(1), 1.0)
+        fuse = self.can_fuse and self.fuses(
+            reverse_only=reverse_only,
+            head_width=config.hidden_size // config.num_attention_heads,
+            length=t,
+            drops=key is not None and config.attention_probs_dropout_prob > 0,
+        )
+        return self.encoder(x, self.bias(real), real.sum(axis=-1), key=encoder_key, fuse=fuse)
 
     def positions(self, ids: Int[Array, "b t"]) -> Int[Array, "#b t"]:
         """Rows of the position table."""
         return jnp.arange(ids.shape[1])[None]
 
-    def bias(self, mask: Int[Array, "b t"]) -> Float[Array, "#b #h #t t"]:
-        """Added to the scores of attention: very small for padding."""
-        wide = self.options.wide
-        # Finite, so that a row of nothing but padding gives an even softmax and no NaN.
-        return jnp.where(mask != 0, 0.0, jnp.finfo(wide).min).astype(wide)[:, None, None]
-
-    def first(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-        """What is made of the first token's vector."""
-        return x
-
-    @abc.abstractmethod
-    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        """Of the head."""
+    def bias(self, real: Bool[Array, "b t"]) -> Float[Array, "#b #h #t t"]:
+        """Added to the scores of attention."""
+        return bias_of(real, self.options.wide)[:, None, None]
 
 
 class PooledClassifier(EncoderClassifier):
@@ -207,13 +155,9 @@ class PooledClassifier(EncoderClassifier):
             self.pooler = make_linear(config, options, wide, rngs, width, width)
         self.classifier = make_linear(config, options, wide, rngs, width, num_labels)
 
-    def first(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    def first(self, x, real, *, key) -> Float[Array, "b d"]:
         """The pooler."""
-        return jnp.tanh(dense(self.pooler, x))
-
-    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        """Of the classifier, after dropout."""
-        return self.classifier(dropout(features, self.config.head_dropout, key))
+        return jnp.tanh(dense(self.pooler, super().first(x, real, key=key)))
 
 
 class DenseHeadClassifier(EncoderClassifier):

@@ -1,37 +1,19 @@
 """The configuration of encoders of BERT's layout: sizes and rates as in config.json, all faults in one message."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array
+from agwm_jax.models.config import SIZES, LayeredConfig, find_faults, is_whole, refuse
 
-from agwm_jax.errors import AgwmError
-from agwm_jax.models.layers import gelu
-
-# Names as in Hugging Face's config.json. BERT's "gelu" is the exact one (erf), the other two the tanh approximation.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": gelu,
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_COUNTS = (*_SIZES, "max_position_embeddings", "type_vocab_size")
+_COUNTS = (*SIZES, "max_position_embeddings", "type_vocab_size")
 _RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 _POSITIVE = ("initializer_range", "layer_norm_eps")
 _REFUSED = ("is_decoder", "add_cross_attention")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig:
+class EncoderConfig(LayeredConfig):
     """Shape and rates of an encoder; names and meaning as in Hugging Face's config.json of a BERT."""
 
     file_names: ClassVar[Mapping[str, str]] = {}
@@ -68,12 +50,8 @@ class EncoderConfig:
                 (decoder, cross attention, relative positions). All faults are in the one message.
         """
         values = {**values, **{ours: values[theirs] for ours, theirs in cls.file_names.items() if theirs in values}}
-        missing = [name for name in _SIZES if name not in values]
-        faults = [f"{cls.file_names.get(name, name)} is missing" for name in missing]
-        faults += [f"{name} is true, which is not supported" for name in _REFUSED if values.get(name)]
-        position = values.get("position_embedding_type", "absolute")
-        if position not in ("absolute", None):
-            faults.append(f"position_embedding_type is {position!r}, only 'absolute' is supported")
+        missing = [name for name in SIZES if name not in values]
+        faults = [f"{cls.file_names.get(name, name)} is missing" for name in missing] + cls.refused(values)
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         used: dict[str, Any] = {
             k: default if k in cls.lacks else values.get(k, default) for k, default in defaults.items()
@@ -83,34 +61,33 @@ class EncoderConfig:
         return cls(**used)
 
     @classmethod
+    def refused(cls, values: Mapping[str, Any]) -> list[str]:
+        """Variants that config.json asks for and that are not built here; a family adds its own."""
+        faults = [f"{name} is true, which is not supported" for name in _REFUSED if values.get(name)]
+        position = values.get("position_embedding_type", "absolute")
+        if position not in ("absolute", None):
+            faults.append(f"position_embedding_type is {position!r}, only 'absolute' is supported")
+        return faults
+
+    @classmethod
     def faults(cls, values: Mapping[str, Any]) -> list[str]:
         """What is wrong with values, of which some may be missing; a family adds its own."""
         values = {
             k: x for k, x in values.items() if k not in cls.lacks and (k != "classifier_dropout" or x is not None)
         }
-        faults = [
-            f"{cls.file_names.get(name, name)} is {values[name]!r}, expected {expected}"
-            for names, fits, expected in (
-                (_COUNTS, lambda x: is_whole(x, at_least=1), "a whole number of at least 1"),
-                (_RATES, lambda x: is_number(x) and 0 <= x < 1, "a number in [0, 1)"),
-                (_POSITIVE, lambda x: is_number(x) and x > 0, "a number above 0"),
-            )
-            for name in names
-            if name in values and not fits(values[name])
-        ]
-        if not isinstance(values["hidden_act"], str) or values["hidden_act"] not in ACTIVATIONS:
-            name = cls.file_names.get("hidden_act", "hidden_act")
-            faults.append(f"{name} is {values['hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
+        faults = find_faults(
+            values,
+            counts=_COUNTS,
+            rates=_RATES,
+            positive=_POSITIVE,
+            activations=("hidden_act",),
+            names=cls.file_names,
+        )
         width, heads = values.get("hidden_size", 0), values.get("num_attention_heads", 0)
         if is_whole(width, at_least=1) and is_whole(heads, at_least=1) and width % heads:
             names = [cls.file_names.get(name, name) for name in ("hidden_size", "num_attention_heads")]
             faults.append(f"{names[0]} {width} is not a multiple of {names[1]} {heads}")
         return faults
-
-    @property
-    def max_length(self) -> int:
-        """Longest text in tokens."""
-        return self.max_position_embeddings
 
     @property
     def embedding_width(self) -> int:
@@ -126,16 +103,6 @@ class EncoderConfig:
     def feed_forward_dropout(self) -> float:
         """Rate after the feed-forward part of a layer."""
         return self.hidden_dropout_prob
-
-    @property
-    def depth(self) -> int:
-        """Layers that have weights of their own; they are applied `turns` times."""
-        return self.num_hidden_layers
-
-    @property
-    def turns(self) -> int:
-        """How often the layers are applied, one after the other."""
-        return 1
 
     @property
     def has_types(self) -> bool:
@@ -179,10 +146,7 @@ class NarrowEmbeddingsConfig(EncoderConfig):
     @classmethod
     def faults(cls, values: Mapping[str, Any]) -> list[str]:
         """What is wrong with values."""
-        faults, size = super().faults(values), values["embedding_size"]
-        if not is_whole(size, at_least=1):
-            faults.append(f"embedding_size is {size!r}, expected a whole number of at least 1")
-        return faults
+        return super().faults(values) + find_faults(values, counts=("embedding_size",))
 
     @property
     def embedding_width(self) -> int:
@@ -211,19 +175,3 @@ class PaddedPositionsConfig(EncoderConfig):
     def max_length(self) -> int:
         """Longest text in tokens."""
         return self.max_position_embeddings - self.pad_token_id - 1
-
-
-def is_whole(value: Any, *, at_least: int) -> bool:
-    """Whether it is an integer of at least that, and not a truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def refuse(faults: list[str]) -> None:
-    """Raise all of them in one message, if there are any."""
-    if faults:
-        raise AgwmError("The model's configuration is not usable: " + "; ".join(faults) + ".")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 
@@ -178,6 +179,14 @@ def scored_attention(
     return jnp.einsum("bhqk,bkhe->bqhe", dropout(probabilities, rate, key), value)
 
 
+def bias_of(seen: Bool[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """What is added to the scores of attention: 0 where a position is seen, else very small.
+
+    Finite, so that a row in which nothing is seen, of padding alone, gives an even softmax and no NaN.
+    """
+    return jnp.where(seen, 0.0, jnp.finfo(dtype).min).astype(dtype)
+
+
 def local_attention(
     query: Float[Array, "b t h e"],
     keys: Float[Array, "b t h e"],
@@ -202,12 +211,9 @@ def local_attention(
     b, t, h, e = query.shape
     wide = jnp.promote_types(query.dtype, jnp.float32)
 
-    def bias(seen):
-        return jnp.where(seen, 0.0, jnp.finfo(wide).min).astype(wide)
-
     if t <= 3 * reach:
         near = np.abs(np.arange(t)[:, None] - np.arange(t)[None]) <= reach
-        return attention(query, keys, value, bias(real[:, None, None] & near[None, None]), rate=rate, key=key)
+        return attention(query, keys, value, bias_of(real[:, None, None] & near[None, None], wide), rate=rate, key=key)
     blocks = -(-t // reach)
     short = blocks * reach - t
 
@@ -222,7 +228,7 @@ def local_attention(
     near = np.abs(reach + np.arange(reach)[:, None] - np.arange(3 * reach)[None]) <= reach
     seen = with_neighbours(real)[:, None, None] & near[None, None]
     around = with_neighbours(keys), with_neighbours(value)
-    found = attention(queries, *around, bias(seen), rate=rate, key=key)
+    found = attention(queries, *around, bias_of(seen, wide), rate=rate, key=key)
     return found.reshape(b, blocks * reach, h, e)[:, :t]
 
 

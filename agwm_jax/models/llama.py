@@ -8,23 +8,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from agwm_jax.core.types import Batch
-from agwm_jax.models.attention import fused_attention, fused_refusal
-from agwm_jax.models.encoder_config import ACTIVATIONS, is_number, is_whole, refuse
-from agwm_jax.models.family import FAMILIES, Family, Options, Row, check_length, dense_rows, scale_row
-from agwm_jax.models.layers import attention, rms_norm
+from agwm_jax.models.attention import fused_attention
+from agwm_jax.models.classifier import Classifier
+from agwm_jax.models.config import ACTIVATIONS, SIZES, LayeredConfig, find_faults, is_whole, refuse
+from agwm_jax.models.family import FAMILIES, Family, Options, Row, dense_rows, scale_row
+from agwm_jax.models.layers import attention, bias_of, rms_norm
 from agwm_jax.models.rotary import Rope, read_rope, turn, turns
-from agwm_jax.models.stack import Stack, dense, make_linear, over_data, split
+from agwm_jax.models.stack import Stack, dense, make_linear, make_table, over_data
 from agwm_jax.models.weights import Weight
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _PLAIN = Rope(theta=10_000.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(LayeredConfig):
     """Shape of a decoder; names, meaning and defaults as in Hugging Face's config.json."""
 
     vocab_size: int
@@ -52,28 +51,24 @@ class LlamaConfig:
             AgwmError: a size is missing or not usable, or the file asks for a variant that is not built here (sliding
                 windows, other rotary scalings). All faults are in the one message.
         """
-        kind, heads, width = (values.get(name) for name in ("model_type", "num_attention_heads", "hidden_size"))
-        derived = 128 if kind == "qwen3" else width // heads if _is_size(width) and _is_size(heads) else 1  # type: ignore[operator]
-        defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in _SIZES}
-        used = {name: values[name] for name in _SIZES if name in values}
+        defaults = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in SIZES}
+        used: dict[str, Any] = {name: values[name] for name in SIZES if name in values}
         used |= {name: values.get(name, default) for name, default in defaults.items()}
-        used["num_key_value_heads"] = values.get("num_key_value_heads") or used.get("num_attention_heads", 1)
-        used["head_dim"] = values.get("head_dim") or derived
+        heads: Any = used.get("num_attention_heads")
+        width: Any = used.get("hidden_size")
+        used["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+        if not values.get("head_dim"):
+            whole = is_whole(heads, at_least=1) and is_whole(width, at_least=1)
+            used["head_dim"] = 128 if used["model_type"] == "qwen3" else width // heads if whole else 1
         used["rope"], faults = read_rope(values, _PLAIN.theta)
-        faults += [f"{name} is missing" for name in _SIZES if name not in values]
-        sizes = (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
-        faults += [
-            f"{name} is {used[name]!r}, expected a whole number of at least 1"
-            for name in sizes
-            if name in used and not _is_size(used[name])
-        ]
-        for name in ("rms_norm_eps", "initializer_range"):
-            if not is_number(used[name]) or not used[name] > 0:
-                faults.append(f"{name} is {used[name]!r}, expected a number above 0")
-        if not is_number(used["attention_dropout"]) or not 0 <= used["attention_dropout"] < 1:
-            faults.append(f"attention_dropout is {used['attention_dropout']!r}, expected a number in [0, 1)")
-        if not isinstance(used["hidden_act"], str) or used["hidden_act"] not in ACTIVATIONS:
-            faults.append(f"hidden_act is {used['hidden_act']!r}, known are {', '.join(ACTIVATIONS)}")
+        faults += [f"{name} is missing" for name in SIZES if name not in values]
+        faults += find_faults(
+            {name: x for name, x in used.items() if name in values or x is not None},
+            counts=(*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+            rates=("attention_dropout",),
+            positive=("rms_norm_eps", "initializer_range"),
+            activations=("hidden_act",),
+        )
         if values.get("use_sliding_window") or set(values.get("layer_types") or ()) - {"full_attention"}:
             faults.append("use_sliding_window is true, which is not supported")
         if not faults and used["num_attention_heads"] % used["num_key_value_heads"]:
@@ -94,19 +89,9 @@ class LlamaConfig:
         return self.model_type == "qwen3"
 
     @property
-    def max_length(self) -> int:
-        """Longest text in tokens."""
-        return self.max_position_embeddings
-
-    @property
-    def depth(self) -> int:
-        """Layers that have weights of their own."""
-        return self.num_hidden_layers
-
-    @property
-    def turns(self) -> int:
-        """How often the layers are applied, one after the other."""
-        return 1
+    def head_dropout(self) -> float:
+        """The classifier has none."""
+        return 0.0
 
     def with_dropout(self, rate: float | None) -> "LlamaConfig":
         """The same configuration with attention's dropout, the only one there is, at `rate`; None changes nothing."""
@@ -120,10 +105,6 @@ class LlamaConfig:
         """As config.json has it."""
         values = dataclasses.asdict(self) | {"rope_parameters": self.rope.to_dict()}
         return {name: value for name, value in values.items() if name not in ("model_type", "rope")}
-
-
-def _is_size(value: Any) -> bool:
-    return is_whole(value, at_least=1)
 
 
 class RMSNorm(nnx.Module):
@@ -141,9 +122,7 @@ class Tables(nnx.Module):
     """The table of words."""
 
     def __init__(self, config: LlamaConfig, *, options: Options, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(config.initializer_range)
-        sizes = config.vocab_size, config.hidden_size
-        self.word = nnx.Embed(*sizes, dtype=options.dtype, param_dtype=options.wide, embedding_init=init, rngs=rngs)
+        self.word = make_table(config, options, rngs, config.vocab_size)
 
 
 class DecoderLayer(nnx.Module):
@@ -197,7 +176,7 @@ class DecoderLayer(nnx.Module):
         return over_data(x + dense(self.output, inner))
 
 
-class LlamaClassifier(nnx.Module):
+class LlamaClassifier(Classifier):
     """A decoder with a linear classifier without bias on the last real token's state, or on the mean over tokens.
 
     Padding may stand on either side. Source: Touvron et al., arXiv 2302.13971; Qwen: arXiv 2407.10671, 2505.09388;
@@ -205,56 +184,28 @@ class LlamaClassifier(nnx.Module):
     """
 
     def __init__(self, config: LlamaConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs) -> None:
+        super().__init__(config, pooling=pooling, options=options)
         self.embeddings = Tables(config, options=options, rngs=rngs)
         self.encoder = Stack(DecoderLayer, config, options=options, rngs=rngs)
         self.norm = RMSNorm(config.hidden_size, config, options)
         self.classifier = make_linear(config, options, options.wide, rngs, config.hidden_size, num_labels, bias=False)
-        self.config, self.pooling, self.options = config, pooling, options
 
-    def embed(self, batch: Batch) -> Float[Array, "b t d"]:
-        """Word embeddings of ``batch["input_ids"]``."""
-        return self.embeddings.word(jnp.asarray(batch["input_ids"]))
-
-    def features(
-        self,
-        embedded: Float[Array, "b t d"],
-        batch: Batch,
-        *,
-        key: Key[Array, ""] | None = None,
-        reverse_only: bool = False,
-    ) -> Float[Array, "b d"]:
-        """One vector a text, in float32 or float64; arguments as for encoders.
-
-        Raises:
-            AgwmError: when traced, if the texts are longer than the model's positions.
-        """
-        config, wide, real = self.config, self.options.wide, jnp.asarray(batch["attention_mask"]) != 0
-        t = real.shape[-1]
-        check_length(t, config.max_length)
-        fuse = reverse_only and self.options.fuse_attention
-        if fuse:
-            drops, kind = key is not None and config.attention_dropout > 0, self.options.dtype
-            fuse = fused_refusal(dtype=kind, head_width=config.head_dim, length=t, dropout=drops) is None
+    def states(self, embedded, ids, types, real, *, key, reverse_only) -> Float[Array, "b t d"]:
+        """After the last norm."""
+        del ids, types
+        config, wide, t = self.config, self.options.wide, real.shape[-1]
+        drops = key is not None and config.attention_dropout > 0
+        fuse = self.fuses(reverse_only=reverse_only, head_width=config.head_dim, length=t, drops=drops)
         angles = tuple(jnp.asarray(each) for each in turns(config.rope, t, config.head_dim, wide))
-        x = self.encoder(embedded, causal_bias(real, wide), angles, real.sum(axis=-1), key=split(key, 2)[0], fuse=fuse)
-        x = self.norm(x).astype(wide)
-        if self.pooling == "last":
-            last = jnp.max(jnp.where(real, jnp.arange(t)[None], 0), axis=-1)
-            return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        weights = real.astype(wide)[:, :, None]
-        return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+        earlier = jnp.asarray(np.tril(np.ones((t, t), bool)))[None, None]
+        bias = bias_of(real[:, None, None] & earlier, wide)
+        return self.norm(self.encoder(embedded, bias, angles, real.sum(axis=-1), key=key, fuse=fuse))
 
-    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        """Of the classifier."""
-        del key  # it has no dropout
-        return self.classifier(features)
-
-
-def causal_bias(real: Bool[Array, "b t"], dtype: Any) -> Float[Array, "b 1 t t"]:
-    """Added to the scores of attention: very small for what comes later, and for padding."""
-    t = real.shape[-1]
-    seen = real[:, None, None] & jnp.asarray(np.tril(np.ones((t, t), bool)))[None, None]
-    return jnp.where(seen, 0.0, jnp.finfo(dtype).min).astype(dtype)
+    def first(self, x, real, *, key) -> Float[Array, "b d"]:
+        """The last real token's state."""
+        del key
+        last = jnp.max(jnp.where(real, jnp.arange(real.shape[-1])[None], 0), axis=-1)
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 
 
 def table(config: LlamaConfig) -> dict[str, Row]:

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from agwm_jax.core.types import Batch
-from agwm_jax.models.encoder_config import ACTIVATIONS, is_number, is_whole, refuse
-from agwm_jax.models.family import FAMILIES, Family, Options, Row, check_length, dense_rows, norm_rows, scale_row
-from agwm_jax.models.layers import attention, dropout, local_attention
+from agwm_jax.models.classifier import Classifier
+from agwm_jax.models.config import ACTIVATIONS, SIZES, LayeredConfig, find_faults, is_whole, refuse
+from agwm_jax.models.family import FAMILIES, Family, Options, Row, dense_rows, norm_rows, scale_row
+from agwm_jax.models.layers import attention, bias_of, dropout, local_attention
 from agwm_jax.models.rotary import Rope, read_rope, turn, turns
-from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, norm, over_data, split
+from agwm_jax.models.stack import Stack, dense, make_linear, make_norm, make_table, norm, over_data, split
 from agwm_jax.models.weights import Weight
 
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _RATES = ("attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout")
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"
 _FAR, _NEAR = Rope(theta=160_000.0), Rope(theta=10_000.0)
@@ -25,7 +24,7 @@ _ROPES = {"far": (_GLOBAL, "global_rope_theta", _FAR), "near": (_LOCAL, "local_r
 
 
 @dataclasses.dataclass(frozen=True)
-class ModernBertConfig:
+class ModernBertConfig(LayeredConfig):
     """Shape and rates of a ModernBERT; names, meaning and defaults as in Hugging Face's config.json."""
 
     vocab_size: int
@@ -60,25 +59,21 @@ class ModernBertConfig:
                 faults are in the one message.
         """
         names = {field.name: field.default for field in dataclasses.fields(cls)}
-        used = {name: values[name] for name in _SIZES if name in values}
-        others = [name for name in names if name not in (*_SIZES, "layer_types", "far", "near")]
+        used = {name: values[name] for name in SIZES if name in values}
+        others = [name for name in names if name not in (*SIZES, "layer_types", "far", "near")]
         used |= {name: values.get(name, names[name]) for name in others}
-        faults = [f"{name} is missing" for name in _SIZES if name not in values]
-        faults += [
-            f"{name} is {used[name]!r}, expected a whole number of at least 1"
-            for name in (*_SIZES, "max_position_embeddings", "local_attention")
-            if name in used and not is_whole(used[name], at_least=1)
-        ]
-        for name in _RATES:
-            if not is_number(used[name]) or not 0 <= used[name] < 1:
-                faults.append(f"{name} is {used[name]!r}, expected a number in [0, 1)")
-        for name in ("hidden_activation", "classifier_activation"):
-            if not isinstance(used[name], str) or used[name] not in ACTIVATIONS:
-                faults.append(f"{name} is {used[name]!r}, known are {', '.join(ACTIVATIONS)}")
-        for name in ("norm_eps", "initializer_range"):
-            if not is_number(used[name]) or not used[name] > 0:
-                faults.append(f"{name} is {used[name]!r}, expected a number above 0")
+        faults = [f"{name} is missing" for name in SIZES if name not in values]
+        faults += find_faults(
+            used,
+            counts=(*SIZES, "max_position_embeddings", "local_attention"),
+            rates=_RATES,
+            positive=("norm_eps", "initializer_range"),
+            activations=("hidden_activation", "classifier_activation"),
+        )
         ropes = values.get("rope_parameters") or {}
+        if not isinstance(ropes, Mapping):
+            faults.append(f"rope_parameters is {ropes!r}, expected an object")
+            ropes = {}
         for name, (kind, theta, default) in _ROPES.items():
             used[name], wrong = read_rope({"rope_parameters": ropes.get(kind)}, values.get(theta, default.theta))
             faults += wrong
@@ -97,19 +92,9 @@ class ModernBertConfig:
         return cls(**used)
 
     @property
-    def max_length(self) -> int:
-        """Longest text in tokens."""
-        return self.max_position_embeddings
-
-    @property
-    def depth(self) -> int:
-        """Layers that have weights of their own."""
-        return self.num_hidden_layers
-
-    @property
-    def turns(self) -> int:
-        """How often the layers are applied, one after the other."""
-        return 1
+    def head_dropout(self) -> float:
+        """Rate before the classifier."""
+        return self.classifier_dropout
 
     @property
     def layer_norm_eps(self) -> float:
@@ -141,9 +126,7 @@ class Embeddings(nnx.Module):
     """The table of words and a norm."""
 
     def __init__(self, config: ModernBertConfig, *, options: Options, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(config.initializer_range)
-        sizes = config.vocab_size, config.hidden_size
-        self.word = nnx.Embed(*sizes, dtype=options.dtype, param_dtype=options.wide, embedding_init=init, rngs=rngs)
+        self.word = make_table(config, options, rngs, config.vocab_size)
         self.norm = make_norm(config, options, rngs, bias=config.norm_bias)
 
 
@@ -184,8 +167,7 @@ class ModernBertLayer(nnx.Module):
         if is_local:
             attended = local_attention(query, keys, value, real, reach=config.local_attention // 2, **options)
         else:
-            wide = angles[0][0].dtype
-            bias = jnp.where(real, 0.0, jnp.finfo(wide).min).astype(wide)[:, None, None]
+            bias = bias_of(real, jnp.promote_types(x.dtype, jnp.float32))[:, None, None]
             attended = attention(query, keys, value, bias, **options)
         attended = dense(self.attention_output, attended.reshape(b, t, d))
         x = over_data(x + dropout(attended, config.attention_dropout, output_key))
@@ -194,7 +176,7 @@ class ModernBertLayer(nnx.Module):
         return over_data(x + dense(self.output, dropout(inner, config.mlp_dropout, ffn_key)))
 
 
-class ModernBertClassifier(nnx.Module):
+class ModernBertClassifier(Classifier):
     """ModernBERT with a dense layer and a norm on the first token, or on the mean over tokens, and a linear classifier.
 
     Attention is plain products, for the fused kernel knows no window; local layers never form the whole score matrix.
@@ -205,6 +187,7 @@ class ModernBertClassifier(nnx.Module):
     def __init__(
         self, config: ModernBertConfig, *, num_labels: int, pooling: str, options: Options, rngs: nnx.Rngs
     ) -> None:
+        super().__init__(config, pooling=pooling, options=options)
         width, wide = config.hidden_size, options.wide
         self.embeddings = Embeddings(config, options=options, rngs=rngs)
         self.encoder = Stack(ModernBertLayer, config, options=options, rngs=rngs, kinds=config.kinds)
@@ -212,45 +195,24 @@ class ModernBertClassifier(nnx.Module):
         self.pooler = make_linear(config, options, wide, rngs, width, width, bias=config.classifier_bias)
         self.pooler_norm = make_norm(config, options, rngs, bias=config.norm_bias)
         self.classifier = make_linear(config, options, wide, rngs, width, num_labels)
-        self.config, self.pooling, self.options = config, pooling, options
 
-    def embed(self, batch: Batch) -> Float[Array, "b t d"]:
-        """Word embeddings of ``batch["input_ids"]``."""
-        return self.embeddings.word(jnp.asarray(batch["input_ids"]))
-
-    def features(
-        self,
-        embedded: Float[Array, "b t d"],
-        batch: Batch,
-        *,
-        key: Key[Array, ""] | None = None,
-        reverse_only: bool = False,
-    ) -> Float[Array, "b d"]:
-        """One vector a text, in float32 or float64; arguments as for other encoders.
-
-        Raises:
-            AgwmError: when traced, if the texts are longer than the model's positions.
-        """
-        del reverse_only
-        config, wide, real = self.config, self.options.wide, jnp.asarray(batch["attention_mask"]) != 0
-        t, width = real.shape[-1], config.hidden_size // config.num_attention_heads
-        check_length(t, config.max_length)
+    def states(self, embedded, ids, types, real, *, key, reverse_only) -> Float[Array, "b t d"]:
+        """After the last norm."""
+        del ids, types, reverse_only
+        config, t, wide = self.config, real.shape[-1], self.options.wide
         embedding_key, encoder_key = split(key, 2)
         x = over_data(dropout(norm(self.embeddings.norm, embedded), config.embedding_dropout, embedding_key))
+        width = config.hidden_size // config.num_attention_heads
         angles = tuple(
             tuple(jnp.asarray(each) for each in turns(rope, t, width, wide)) for rope in (config.far, config.near)
         )
-        x = norm(self.norm, self.encoder(x, real, angles, key=encoder_key)).astype(wide)
-        if self.pooling == "cls":
-            pooled = x[:, 0]
-        else:
-            weights = real.astype(wide)[:, :, None]
-            pooled = (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
-        return norm(self.pooler_norm, ACTIVATIONS[config.classifier_activation](dense(self.pooler, pooled)))
+        return norm(self.norm, self.encoder(x, real, angles, key=encoder_key))
 
-    def logits(self, features: Float[Array, "b d"], *, key: Key[Array, ""] | None = None) -> Float[Array, "b c"]:
-        """Of the classifier, after dropout."""
-        return self.classifier(dropout(features, self.config.classifier_dropout, key))
+    def features(self, embedded, batch, *, key=None, reverse_only=False) -> Float[Array, "b d"]:
+        """One vector a text: of the first token's state or of the mean, through a dense layer and a norm."""
+        pooled = super().features(embedded, batch, key=key, reverse_only=reverse_only)
+        activation = ACTIVATIONS[self.config.classifier_activation]
+        return norm(self.pooler_norm, activation(dense(self.pooler, pooled)))
 
 
 def table(config: ModernBertConfig) -> dict[str, Row]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from agwm_jax.models.encoder import DenseHeadClassifier, count_positions, encoder_rows
 from agwm_jax.models.encoder_config import PaddedPositionsConfig
@@ -31,8 +31,12 @@ class MPNetConfig(PaddedPositionsConfig):
     def faults(cls, values: Mapping[str, Any]) -> list[str]:
         """What is wrong with values."""
         buckets = values["relative_attention_num_buckets"]
-        wrong = [] if buckets == _BUCKETS else [f"relative_attention_num_buckets is {buckets!r}, expected {_BUCKETS}"]
-        return super().faults(values) + wrong
+        faults = super().faults(values)
+        if buckets != _BUCKETS:
+            faults.append(f"relative_attention_num_buckets is {buckets!r}, expected {_BUCKETS}")
+        if values["pad_token_id"] != 1:  # whatever the file says, transformers counts positions on from row 1
+            faults.append(f"pad_token_id is {values['pad_token_id']!r}, expected 1")
+        return faults
 
 
 class MPNetClassifier(DenseHeadClassifier):
@@ -52,11 +56,11 @@ class MPNetClassifier(DenseHeadClassifier):
         """On from the row of padding."""
         return count_positions(ids, self.config.pad_token_id)
 
-    def bias(self, mask: Int[Array, "b t"]) -> Float[Array, "b h t t"]:
+    def bias(self, real: Bool[Array, "b t"]) -> Float[Array, "b h t t"]:
         """A number for each head and bucket of the distance between two tokens; very small for padding."""
-        near = jnp.moveaxis(self.relative(jnp.asarray(buckets(mask.shape[-1]))), -1, 0)
+        near = jnp.moveaxis(self.relative(jnp.asarray(buckets(real.shape[-1]))), -1, 0)
         # In place of it, not added to it: the sum with what stands for padding could be beyond the range.
-        return jnp.where(mask[:, None, None] != 0, near[None], super().bias(mask))
+        return jnp.where(real[:, None, None], near[None], super().bias(real))
 
 
 def buckets(length: int) -> Int[np.ndarray, "t t"]:

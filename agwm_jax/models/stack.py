@@ -66,6 +66,13 @@ def make_linear(
     )
 
 
+def make_table(config: Any, options: Options, rngs: nnx.Rngs, rows: int, width: int | None = None) -> nnx.Embed:
+    """A table of vectors of that width; None: that of the hidden state."""
+    init = nnx.initializers.normal(config.initializer_range)
+    width = width or config.hidden_size
+    return nnx.Embed(rows, width, dtype=options.dtype, param_dtype=options.wide, embedding_init=init, rngs=rngs)
+
+
 def make_norm(
     config: Any, options: Options, rngs: nnx.Rngs, width: int | None = None, *, bias: bool = True
 ) -> nnx.LayerNorm:

@@ -10,10 +10,10 @@ import torch
 import transformers
 from make_golden import GOLDEN, golden
 from reference import torch_gradients, torch_inputs, torch_logits, torch_model
-from small_models import OF_TYPE, RANDOM, SMALL, TEXTS, batch_of, build, loss_of, minilm_head, texts_batch
+from small_models import FIRST, OF_TYPE, RANDOM, SMALL, TEXTS, batch_of, build, loss_of, minilm_head, texts_batch
 from tiny_folders import write_folder
 
-from agwm_jax.models.encoder_config import ACTIVATIONS
+from agwm_jax.models.config import ACTIVATIONS
 from agwm_jax.models.family import FAMILIES
 from agwm_jax.models.huggingface import load_pretrained, save_pretrained
 from agwm_jax.models.safetensors import to_tensors
@@ -26,11 +26,22 @@ def pretrained():
     return load_pretrained("minilm", num_labels=3)
 
 
+def padded_on_the_left(batch):
+    """The same texts, each moved to the end of its row."""
+    lengths = batch["attention_mask"].sum(axis=1)
+    moved = {
+        name: np.stack([np.roll(row, len(row) - n) for row, n in zip(value, lengths, strict=True)])
+        for name, value in batch.items()
+        if name != "labels"
+    }
+    return batch | moved
+
+
 def compare(model, params, family, config, batch, *, logits_error: float, gradient_error: float) -> None:
     """Logits by the largest difference; gradients by their norms, a parameter at a time."""
-    reference = torch_model(family, config, params)
+    reference, apply = torch_model(family, config, params), jax.jit(model.apply)
     expected = torch_logits(reference, batch)
-    difference = np.abs(np.asarray(jax.jit(model.apply)(params, batch)) - expected).max()
+    difference = np.abs(np.asarray(apply(params, batch)) - expected).max()
     print(f"logits up to {np.abs(expected).max():.3g}, difference {difference:.2e}")
     assert difference <= logits_error
     expected = torch_gradients(reference, batch)
@@ -72,6 +83,32 @@ def test_float64(name):
         model, params = build(small, dtype=np.float64)
         batch = batch_of(small, np.float64)
         compare(model, params, small.of, small.config, batch, logits_error=1e-12, gradient_error=1e-10)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_padding_on_the_left(name):
+    """The mean over real tokens, wherever they stand; a decoder's last one too. A first token would be padding."""
+    small = RANDOM[name]
+    batch = padded_on_the_left(batch_of(small, np.float64))
+    with jax.enable_x64(True):
+        model, params = build(small, dtype=np.float64, pooling="mean")
+        ours = np.asarray(jax.jit(lambda p: model.features(p, model.embed(p, batch), batch))(params))
+        whole, all_params = build(small, dtype=np.float64)
+        reference = torch_model(small.of, small.config, all_params)
+        logits = np.asarray(jax.jit(whole.apply)(all_params, batch)) if "last" in small.of.poolings else None
+    reference.load_state_dict(
+        {k: torch.tensor(x) for k, x in to_tensors(params, small.of, small.of.table(small.config)).items()},
+        strict=False,
+    )
+    with torch.no_grad():
+        states = reference.base_model(**torch_inputs(batch, reference.base_model)).last_hidden_state
+        mask = torch.tensor(batch["attention_mask"])[:, :, None]
+        mean = (states * mask).sum(1) / mask.sum(1)
+        expected = (reference.head(mean) if hasattr(reference, "head") else mean).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+    if logits is not None:
+        reference = torch_model(small.of, small.config, all_params)
+        np.testing.assert_allclose(logits, torch_logits(reference, batch), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -127,6 +164,24 @@ def test_exported_folder_in_transformers(tmp_path, family, model_type):
         return
     scores = load_pretrained(tmp_path / "model", num_labels=1, seed=3)
     check_export(tmp_path / "scores", scores.params, scores, ("score",), label_scale=(2.7, 1.5))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_of_narrow_weights_as_transformers_writes_them(tmp_path, family, kind, dtype):
+    """Several files and an index; read as float32, the logits are those of transformers at the same weights."""
+    small = FIRST[family]
+    _, params = build(small)
+    reference = torch_model(small.of, small.config, params).to(dtype)
+    reference.save_pretrained(tmp_path / kind, max_shard_size="5KB")
+    assert (tmp_path / kind / "model.safetensors.index.json").is_file()
+    found = load_pretrained(tmp_path / kind, num_labels=small.num_labels)
+    assert not found.head_initialised
+    assert {value.dtype for value in found.params.values()} == {np.dtype(np.float32)}
+    batch = batch_of(small)
+    ours = np.asarray(jax.jit(found.model.apply)(found.params, batch))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / kind, dtype=torch.float32)
+    np.testing.assert_allclose(ours, torch_logits(theirs.eval(), batch), rtol=0, atol=1e-5)
 
 
 def test_exported_mean_pooling_is_a_bare_encoder_in_transformers(tmp_path):
