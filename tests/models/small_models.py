@@ -53,7 +53,13 @@ OWN_KEYS = {
     "llama": lambda seed, width: (
         {"model_type": "llama", "num_key_value_heads": 1, "rope_scaling": LLAMA3, "attention_bias": True},
         {"model_type": "qwen2", "rope_theta": 100.0, "num_key_value_heads": 1},
-        {"model_type": "qwen3", "head_dim": 6, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+        {
+            "model_type": "qwen3",
+            "head_dim": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "linear", "factor": 3.0},
+        },
     )[seed],
     "modernbert": lambda seed, width: (
         {"local_attention": 8, "classifier_pooling": "mean", "norm_bias": True},
