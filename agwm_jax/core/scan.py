@@ -57,8 +57,8 @@ def scan_keeping(body: Callable[[Any, Any], tuple[Any, tuple[Any, Any]]], init: 
 
     def restore(stack: list[Any], x: Any) -> Any:
         own = dict(zip([*stacked, *data], [*stack, *jax.tree.leaves(x)], strict=True))
-        known = iter(constants)
-        leaves = [next(known) if fixed else own[x] for x, fixed in zip(keeps, once, strict=True)]
+        constant = iter(constants)
+        leaves = [next(constant) if known else own[x] for x, known in zip(keeps, once, strict=True)]
         return jax.tree.unflatten(jax.tree.structure(kept), leaves)
 
     carry, (ys, stack) = jax.lax.scan(step, jax.tree.leaves(init), xs)

@@ -30,6 +30,7 @@ from agwm_jax.models.family import FAMILIES, Options, build_model, fresh_params
 from agwm_jax.models.huggingface import load_pretrained
 from agwm_jax.models.layers import dropout
 from agwm_jax.models.roberta import RobertaConfig
+from agwm_jax.models.stack import _period
 from agwm_jax.models.weights import LAYERS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
@@ -92,6 +93,24 @@ def test_what_is_known_of_a_weight_fits_its_shape(family):
     assert depths["embedding"] == 0
     assert depths["head"] == config.depth + 1
     assert [*model.weights] == [path for path in FIRST[family].of.table(config) if path in model.weights]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        ("FLL" + "GLL" * 6 + "G", (1, 3, 7)),  # ModernBERT-base: seven periods of three after the first layer
+        ("FLLGLLG", (1, 3, 2)),
+        ("AAAA", (0, 1, 4)),
+        ("A", (0, 1, 1)),
+        ("ABAC", (0, 2, 1)),
+    ],
+)
+def test_layers_are_scanned_by_the_shortest_period(kinds, found):
+    start, period, count = _period(kinds)
+    program = len(kinds) - period * (count - 1)  # layers written out
+    assert program == len(kinds) - found[1] * (found[2] - 1)
+    whole = kinds[start : start + period * count]
+    assert whole == whole[:period] * count
 
 
 @EVERY_FAMILY
