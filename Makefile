@@ -32,6 +32,10 @@ test: $(VENV)/.test
 parity: $(VENV)/.parity
 	PYTHONPATH=$(VENV)/parity $(BIN)/python -m pytest $(PARITY_OPTIONS) tests/parity
 
+# On a machine with a GPU or TPU, in an environment whose jax is for it; `make test` needs none.
+device:
+	AGWM_TEST_PLATFORMS= $(PYTHON) -m pytest $(DEVICE_OPTIONS) tests/device
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything that was asked for of one shape."""
+def run(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Everything that was asked for of one shape, as far as it is measured: again after each program of many seeds."""
     options = Options(jnp.dtype(arguments.dtype), arguments.unroll)
     words = arguments.only
 
@@ -83,20 +83,23 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     alone = {name: program for name, program in found.items() if name in chosen}
     torch = {"plain step, PyTorch": torch_step(of)} if arguments.torch else {}
     rows, compiled = time_alone(alone, torch, arguments.rounds, costs)
-    several = [program for program in found if found[program].single is not None]
-    side_by_side = [time_side_by_side(found, compiled, each, seeds, arguments.rounds, costs) for each in several]
     width = of.config.hidden_size // of.config.num_attention_heads
     reason = fused_refusal(dtype=options.dtype, head_width=width, length=arguments.length, dropout=False)
     device = jax.devices()[0]
     kind = processor() if device.platform == "cpu" else device.device_kind
-    return {
+    result: dict[str, Any] = {
         "setting": f"{name}, {of.config.num_hidden_layers} layers, batch {arguments.batch} x {arguments.length}, "
         f"{arguments.dtype}, unroll {arguments.unroll or 'auto'}, {arguments.rounds} rounds; {jax.device_count()} x "
         f"{kind} ({threads()} cores); jax {jax.__version__}, Python {platform.python_version()}",
         "attention": "fused where no second derivatives are taken" if reason is None else f"plain products ({reason})",
         "rows": rows,
-        "seeds": side_by_side,
+        "seeds": [],
     }
+    yield result
+    for program in (program for program in found if found[program].single is not None):
+        row = time_side_by_side(found, compiled, program, seeds, arguments.rounds, costs)
+        result = {**result, "seeds": [*result["seeds"], row]}
+        yield result
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -131,7 +134,7 @@ def main() -> int:
     if arguments.device and found != arguments.device:
         say(f"benchmark: JAX runs on {found}, not on {arguments.device}: install jax for it.")
         return 2
-    results = []
+    results: dict[str, dict[str, Any]] = {}
     caching = jax.config.jax_enable_compilation_cache
     try:
         with tempfile.TemporaryDirectory() as cache:
@@ -140,10 +143,11 @@ def main() -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
             arguments.output.mkdir(parents=True, exist_ok=True)
             for name in arguments.shape:
-                results.append(run(name, arguments))
-                (arguments.output / "benchmark.json").write_text(json.dumps(results, indent=1))
-                (arguments.output / "benchmark.md").write_text("\n".join(map(markdown, results)))
-                print(f"\n{markdown(results[-1])}")
+                for result in run(name, arguments):
+                    results[name] = result
+                    (arguments.output / "benchmark.json").write_text(json.dumps([*results.values()], indent=1))
+                    (arguments.output / "benchmark.md").write_text("\n".join(map(markdown, results.values())))
+                print(f"\n{markdown(results[name])}")
     except AgwmError as error:
         say(f"benchmark: {error}")
         return 2

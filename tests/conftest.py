@@ -19,7 +19,7 @@ FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 # A device that waits for others holds a thread; XLA's pool is no larger than the devices are many unless this says so.
 os.environ["NPROC"] = "16"
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("AGWM_TEST_PLATFORMS", "cpu")  # make device: what JAX finds
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,6 +1,7 @@
 """The benchmark of training steps: rows, and the page that shows them."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,9 +37,11 @@ def time_alone(
     for name, program in found.items():
         compiled[name] = compile_twice(program)
         say(f"compiled {name} in {compiled[name].compile_seconds:.1f} s")
-    states = {name: program.start(program.state) for name, program in found.items()}
-    seconds = measure(compiled, states, {**others, MATRIX: costs.product}, rounds)
-    rows = []
+    lacking = {name: _lacking(each) for name, each in compiled.items()}
+    fitting = {name: each for name, each in compiled.items() if lacking[name] is None}
+    starts = {name: partial(found[name].start, found[name].state) for name in fitting}
+    seconds = measure(fitting, starts, {**others, MATRIX: costs.product}, rounds)
+    rows: list[dict[str, Any]] = [{"program": name, "lacking": text} for name, text in lacking.items() if text]
     for name, each in seconds.items():
         if name == MATRIX:
             continue
@@ -63,14 +66,10 @@ def time_side_by_side(
     program, single = found[name], str(found[name].single)
     both = {single: compiled.get(single) or compile_twice(found[single]), name: compile_twice(program)}
     say(f"compiled {name} in {both[name].compile_seconds:.1f} s")
-    needed = sum(each.bytes for each in both.values())
-    if needed > free_bytes():
-        lacking = (
-            f"not run: with one seed beside it it takes {needed / 1e9:.1f} GB, {free_bytes() / 1e9:.1f} GB are free"
-        )
+    if lacking := _lacking(both[name]):
         return {"program": single, "seeds": seeds, "lacking": lacking}
-    states = {one: found[one].start(found[single].state) for one in (single, name)}
-    seconds = measure(both, states, {MATRIX: costs.product}, rounds)
+    starts = {one: partial(found[one].start, found[single].state) for one in (single, name)}
+    seconds = measure(both, starts, {MATRIX: costs.product}, rounds)
     each, alone = seconds[name], seconds[single]
     return {
         "program": single,
@@ -83,6 +82,12 @@ def time_side_by_side(
         "utilisation": costs.utilisation(program.fb, each, seconds[MATRIX]),
         "single_utilisation": costs.utilisation(program.fb / seeds, alone, seconds[MATRIX]),
     }
+
+
+def _lacking(compiled: Compiled) -> str | None:
+    """Why a program cannot run here; None where it can."""
+    fits = compiled.bytes <= free_bytes()
+    return None if fits else f"not run: it takes {compiled.bytes / 1e9:.1f} GB, {free_bytes() / 1e9:.1f} GB are free"
 
 
 def _compiled_columns(compiled: Compiled, fb: float, costs: Costs) -> dict[str, Any]:
@@ -108,6 +113,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    if "lacking" in row:
+        return {"program": row["program"], "s": row["lacking"]}
     cells = {"program": row["program"], "s": f"{row['seconds']:.3f}", "plain steps (quartiles)": _spread(row)}
     if "fb" not in row:
         return cells

@@ -141,7 +141,7 @@ def _program(fused: Prepared, plain: Prepared, timed: TimedStep, shape: Shape) -
 
     initial = built[0].init(fused.params, key)
     context = Context(fused.params, initial, initial)
-    state = jax.jit(phase.start)(context, key)
+    state = jax.device_get(jax.jit(phase.start)(context, key))
     plans = enumerate(sorted(phase.plan.items()))
     data = {name: texts(number, plan[0].shape, shape.length) for number, (name, plan) in plans}
     return Program(step_of(phase), step_of(counted), state, context, data, float(timed.fb))

@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ class Program(NamedTuple):
     counted: Step
     """The same without fused kernels, whose products no count sees."""
     state: Any
+    """On the host, or shapes of it."""
     context: Any
     data: Any
     fb: float
@@ -77,24 +77,35 @@ def compile_twice(program: Program) -> Compiled:
 
 
 def measure(
-    compiled: Mapping[str, Compiled], states: dict[str, Any], others: Mapping[str, Callable[[], None]], rounds: int
+    compiled: Mapping[str, Compiled],
+    starts: Mapping[str, Callable[[], Any]],
+    others: Mapping[str, Callable[[], None]],
+    rounds: int,
 ) -> dict[str, np.ndarray]:
     """Seconds ``[rounds]`` of every program, the second of two calls a round; a first round is not kept.
 
-    All programs take turns, in another order each round, so that a machine that slows down slows all of them.
+    All programs take turns, in another order each round, so that a machine that slows down slows all of them. The state
+    of one is made for its turn and dropped after it: those of all may be more than a device holds.
     """
 
-    def step(name: str) -> None:
-        states[name] = jax.block_until_ready(compiled[name].run(states[name]))
+    def turn(name: str) -> Callable[[], None]:
+        state = starts[name]()
 
-    runs: dict[str, Callable[[], None]] = {**{name: partial(step, name) for name in compiled}, **others}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+        def step() -> None:
+            nonlocal state
+            state = jax.block_until_ready(compiled[name].run(state))
+
+        return step
+
+    seconds: dict[str, list[float]] = {name: [] for name in [*compiled, *others]}
     for number in range(rounds + 1):
-        for name in np.random.default_rng(number).permutation(list(runs)).tolist():
-            runs[name]()  # after a larger program it finds its pages given back to the system, and pays for new ones
+        for name in np.random.default_rng(number).permutation(list(seconds)).tolist():
+            run = turn(name) if name in compiled else others[name]
+            run()  # after a larger program it finds its pages given back to the system, and pays for new ones
             began = time.perf_counter()
-            runs[name]()
+            run()
             seconds[name].append(time.perf_counter() - began)
+            del run
         print(f"round {number + 1} of {rounds + 1}", end="\r", file=sys.stderr, flush=True)
     return {name: np.array(found[1:]) for name, found in seconds.items()}
 
@@ -135,9 +146,9 @@ def free_bytes() -> float:
     """Memory that the device has left, on a CPU the machine; infinite where nobody says."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+        return float(stats["bytes_limit"] - stats["bytes_in_use"])
     try:
         with open("/proc/meminfo") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+            return 1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
