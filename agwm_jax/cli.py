@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str]) -> int:
     if parsed.command is None:
         parser.print_help()
         return OK
-    if rest and parsed.command != "train":
+    if rest and parsed.command not in ("train", "sweep"):
         commands[parsed.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return globals()[f"_{parsed.command}"](parsed, rest)
 
@@ -126,6 +126,19 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--num-processes", type=int)
     train.add_argument("--process-id", type=int)
     train.add_argument("-h", "--help", action="store_true")
+
+    sweep = group.add_parser(
+        "sweep",
+        help="run a study: tasks x arms x grid x seeds, or what is left of it",
+        description="Run a study, or what is left of it. Settings given as of `agwm train` hold for all of its runs; "
+        "${task} in a value is the task's name.",
+        **options,
+    )
+    sweep.add_argument("study", metavar="STUDY", type=Path, help="YAML file: tasks, arms, grid, settings, seeds")
+    sweep.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of runs and results.parquet")
+    sweep.add_argument("--workers", type=int, default=1, help="processes at once (default: 1)")
+    sweep.add_argument("--only", nargs="+", default=[], metavar="TASK/ARM/POINT", help="patterns of what to run")
+    sweep.add_argument("--dry-run", action="store_true", help="check the settings and list what would run")
 
     settings = group.add_parser("settings", help="list the settings of train", **options)
     settings.add_argument(
@@ -187,6 +200,23 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{what} = {statistics.mean(scores):.4f}{spread} (by seed {each})")
     print(f"run folder: {config.run.output}")
     return OK
+
+
+def _sweep(parsed: argparse.Namespace, overrides: list[str]) -> int:
+    from agwm_jax.runs.sweep import TABLE, plan, read_study, sweep
+
+    if parsed.workers < 1:
+        raise AgwmError(f"--workers: got {parsed.workers}; allowed: 1 or more")
+    cells = plan(read_study(parsed.study), parsed.study.parent, overrides, parsed.only)
+    if parsed.dry_run:
+        print("\n".join([*(cell.name for cell in cells), f"{len(cells)} cells of {len(cells[0].seeds)} seeds"]))
+        return OK
+    failures = sweep(cells, parsed.output, workers=parsed.workers)
+    print(f"results: {parsed.output / TABLE}")
+    if not failures:
+        return OK
+    listed = "".join(f"\n  {failure.cell.name} (exit code {failure.code}): {failure.log}" for failure in failures)
+    raise AgwmError(f"{len(failures)} of {len(cells)} cells failed; the same command tries them again:{listed}")
 
 
 def _connect(parsed: argparse.Namespace) -> None:

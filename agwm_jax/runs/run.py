@@ -192,7 +192,8 @@ class _Training:
             checkpoints = stack.enter_context(
                 contextlib.closing(Checkpoints(where, keep=config.run.keep_checkpoints, fingerprint=fingerprint))
             )
-            begun = checkpoints.position()
+            minutes = config.run.checkpoint_minutes
+            begun = checkpoints.position() if minutes is not None else None
             if begun is not None and config.run.vectorize == "auto":  # what was begun goes on as it was
                 together = begun.together
             names = [f"seed {seed.config.run.seed}" if len(group) > 1 else "" for seed in group]
@@ -205,9 +206,9 @@ class _Training:
                 weights=self.weights,
                 layout=Layout(self.placement, together),
                 observer=recorder,
-                checkpoints=checkpoints,
+                checkpoints=checkpoints if minutes is not None else None,
                 chunk_steps=config.run.chunk_steps,
-                checkpoint_minutes=config.run.checkpoint_minutes,
+                checkpoint_minutes=minutes or 0.0,
                 programs=self.programs,
             )
             spent = {name: value / len(group) for name, value in outcome.seconds.items()}

@@ -98,8 +98,11 @@ class Run(Section):
         description="deterministic kernels on a GPU, slower: a repeated or resumed run has the same bits, as on a CPU",
     )
     chunk_steps: int = Field(default=10, ge=1, description="steps per call of the device: progress and Ctrl-C go by it")
-    checkpoint_minutes: float = Field(
-        default=5.0, ge=0, description="minutes between checkpoints, 0: at the ends of phases only"
+    checkpoint_minutes: float | None = Field(
+        default=5.0,
+        ge=0,
+        description="minutes between checkpoints, 0: at the ends of phases only; null: none, so that a run that is "
+        "stopped starts anew",
     )
     keep_checkpoints: int = Field(
         default=2, ge=2, description="newest checkpoints kept; the one before is the fallback"

@@ -1,0 +1,233 @@
+"""A study: tasks x arms x grid x seeds as one plan of runs, which goes on where it was stopped, and one table."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any, NamedTuple
+
+import yaml
+from pydantic import Field, Strict, ValidationError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agwm_jax.errors import AgwmError, did_you_mean
+from agwm_jax.section import Section
+from agwm_jax.settings import load_config, strict_yaml
+from agwm_jax.settings.words import faults
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)]
+Settings = dict[str, Any]
+TABLE, LOG = "results.parquet", "log.txt"
+_NAME = r"^[\w.+-]+$"  # of a folder
+
+
+class Study(Section):
+    """What is run: every arm on every task at every point of the grid, with all seeds.
+
+    A text value of a setting may name a variable of the grid, or the task, as ``${rate}`` or ``${task}``.
+    """
+
+    tasks: dict[Annotated[str, Field(pattern=_NAME)], str] = Field(
+        min_length=1, description="config file by name, relative to the study's file"
+    )
+    settings: Settings = Field(default={}, description="of all runs, by dotted path")
+    arms: dict[Annotated[str, Field(pattern=_NAME)], Settings] = Field(
+        min_length=1, description="what is compared: settings by name, before those of all runs"
+    )
+    grid: dict[Annotated[str, Field(pattern=r"^[a-z]\w*$")], list[Any]] = Field(
+        default={}, description="values of each variable; all combinations are run"
+    )
+    seeds: Seeds = Field(min_length=1, description="of the runs that are reported")
+    tuning_seeds: Seeds = Field(default=(), description="of runs that only choose among points of the grid")
+
+
+class Cell(NamedTuple):
+    """The runs of one process: one arm on one task at one point of the grid, with all seeds."""
+
+    task: str
+    arm: str
+    point: Mapping[str, Any]
+    words: tuple[str, ...]
+    """Of `agwm train`, but for the output."""
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """``task/arm/rate=0.0001``, the folder of its runs too."""
+        values = [f"{name}={str(value).replace(os.sep, '_')}" for name, value in self.point.items()]
+        return "/".join([self.task, self.arm, *(["+".join(values)] if values else [])])
+
+
+class Failure(NamedTuple):
+    """A cell whose process ended with an error."""
+
+    cell: Cell
+    code: int
+    log: Path
+
+
+def read_study(path: Path) -> Study:
+    """The study of a YAML file.
+
+    Raises:
+        AgwmError: no such file, not YAML, or no study; with all faults.
+    """
+    try:
+        raw = strict_yaml.parse(path.read_text("utf-8-sig"))
+        return Study.model_validate(raw)
+    except OSError as error:
+        raise AgwmError(f"{path}: {error.strerror}; expected the YAML file of a study") from None
+    except (yaml.YAMLError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise AgwmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        found = faults(error, raw if isinstance(raw, dict) else {})
+        raise AgwmError("\n  ".join([f"{path}: no study", *found])) from None
+
+
+def plan(study: Study, folder: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Cell]:
+    """All cells, in the order of the file: tasks, then grid, then arms; each one's settings are checked.
+
+    Args:
+        study: what is run.
+        folder: that the tasks' config files are relative to.
+        overrides: settings of all runs, as `agwm train` takes them; they too may hold ``${task}``.
+        only: patterns such as ``stsb/vanilla/*`` of the cells that are kept; all if empty.
+
+    Raises:
+        AgwmError: a setting that does not exist, an unknown variable, no cell left.
+    """
+    seeds = (*study.seeds, *study.tuning_seeds)
+    if len(set(seeds)) < len(seeds):
+        raise AgwmError(
+            "seeds: one is given twice; tuning_seeds must be others than seeds, or they choose what they score"
+        )
+    cells = []
+    for task, values in itertools.product(study.tasks, itertools.product(*study.grid.values())):
+        point = dict(zip(study.grid, values, strict=True))
+        for arm, own in study.arms.items():
+            given = {"method": arm, **study.settings, **own}
+            words = [word for name, value in given.items() for word in (f"--{name}", _filled(value, task, point, arm))]
+            words += [_filled(word, task, point, arm) for word in overrides]
+            config = ("--config", str(folder / study.tasks[task]))
+            cells.append(Cell(task, arm, point, (*config, *words), seeds))
+    kept = [cell for cell in cells if not only or any(fnmatch(cell.name, pattern) for pattern in only)]
+    if not kept:
+        raise AgwmError(f"--only {' '.join(only)}: no cell of the {len(cells)} is so named, such as {cells[0].name}")
+    for cell in kept:
+        load_config(cell.words[1], cell.words[2:])
+    return kept
+
+
+def _filled(value: Any, task: str, point: Mapping[str, Any], arm: str) -> str:
+    """A setting as typed, with the variables that it names."""
+    if not isinstance(value, str):
+        return strict_yaml.one_line(value)
+    known = {"task": task, **{name: strict_yaml.one_line(each) for name, each in point.items()}}
+    template = Template(value)
+    for name in template.get_identifiers():
+        if name not in known:
+            raise AgwmError(f"arm {arm}: ${{{name}}} is no variable of the grid{did_you_mean(name, known)}")
+    return template.safe_substitute(known)
+
+
+def sweep(cells: Sequence[Cell], output: Path, *, workers: int = 1, quiet: bool = False) -> list[Failure]:
+    """Run what is not finished, `workers` processes at once; those that failed. A failure does not stop the others.
+
+    Writes ``output/results.parquet`` after every cell, and each process's text to ``log.txt`` of the cell's folder.
+
+    Raises:
+        KeyboardInterrupt: after the processes that were running have saved their state.
+    """
+    left = [cell for cell in cells if not _is_finished(cell, output)]
+    failures: list[Failure] = []
+    stop = threading.Event()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with (
+        Progress(*columns, TextColumn("left"), TimeRemainingColumn(), disable=quiet) as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        bar = progress.add_task("cells", total=len(cells), completed=len(cells) - len(left))
+        running = {pool.submit(_run, cell, output, workers, stop): cell for cell in left}
+        try:
+            for done in as_completed(running):
+                cell, code = running[done], done.result()
+                if code not in (0, None):
+                    failures.append(Failure(cell, code, output / cell.name / LOG))
+                progress.update(bar, advance=1, description=f"{cell.name}{' FAILED' if code else ''}")
+                write_table(cells, output)
+        except KeyboardInterrupt:
+            stop.set()  # the processes got Ctrl-C too, and are saving
+            pool.shutdown(cancel_futures=True)
+            raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
+    write_table(cells, output)
+    return failures
+
+
+def _run(cell: Cell, output: Path, workers: int, stop: threading.Event) -> int | None:
+    if stop.is_set():
+        return None
+    folder = output / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several processes on one accelerator: none takes all of its memory before the others start.
+    share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.92 / workers:.3f}"}
+    environment = {**(share if workers > 1 else {}), **os.environ}
+    command = [sys.executable, "-m", "agwm_jax", "train", *cell.words, "--output", str(folder)]
+    with (folder / LOG).open("w") as log:
+        seeds = ["--seeds", f"[{', '.join(map(str, cell.seeds))}]"]
+        return subprocess.run([*command, *seeds], stdout=log, stderr=log, env=environment, check=False).returncode
+
+
+def _is_finished(cell: Cell, output: Path) -> bool:
+    return all(_result(cell, output, seed).exists() for seed in cell.seeds)
+
+
+def _result(cell: Cell, output: Path, seed: int) -> Path:
+    return output / cell.name / f"seed-{seed}" / "result.json"
+
+
+def rows(cells: Sequence[Cell], output: Path) -> Iterator[dict[str, Any]]:
+    """A row a finished run: where it stands in the study, scores in points, seconds, bytes."""
+    for cell in cells:
+        for seed in cell.seeds:
+            file = _result(cell, output, seed)
+            if not file.exists():
+                continue
+            result = json.loads(file.read_text())
+            metric = result["metric"]
+            yield {
+                "task": cell.task,
+                "arm": cell.arm,
+                **cell.point,
+                "seed": seed,
+                "metric": metric,
+                **{split: 100 * scores[metric] for split, scores in result["scores"].items() if metric in scores},
+                "reported": result["split"],
+                "seconds": result["seconds"]["total"],
+                "compile_seconds": result["seconds"].get("compile", 0.0),
+                "peak_memory_bytes": result["peak_memory_bytes"],
+                "device": result["device"],
+                "commit": result["git_commit"] or "",
+            }
+
+
+def write_table(cells: Sequence[Cell], output: Path) -> Path | None:
+    """All finished runs as one Parquet table; None where there is none yet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = list(rows(cells, output))
+    if not found:
+        return None
+    names = dict.fromkeys(name for row in found for name in row)
+    table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in found])
+    partial, path = output / f".{TABLE}", output / TABLE
+    pq.write_table(table, partial)
+    partial.replace(path)  # a reader finds a whole table or none
+    return path
