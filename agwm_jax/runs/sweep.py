@@ -1,8 +1,10 @@
 """A study: tasks x arms x grid x seeds as one plan of runs, which goes on where it was stopped, and one table."""
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,8 @@ from pathlib import Path
 from string import Template
 from typing import Annotated, Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from pydantic import Field, Strict, ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,7 +91,7 @@ def read_study(path: Path) -> Study:
     except (yaml.YAMLError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise AgwmError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-        found = faults(error, raw if isinstance(raw, dict) else {})
+        found = faults(error, raw if isinstance(raw, dict) else {}, Study)
         raise AgwmError("\n  ".join([f"{path}: no study", *found])) from None
 
 
@@ -141,47 +145,88 @@ def sweep(cells: Sequence[Cell], output: Path, *, workers: int = 1, quiet: bool 
     """Run what is not finished, `workers` processes at once; those that failed. A failure does not stop the others.
 
     Writes ``output/results.parquet`` after every cell, and each process's text to ``log.txt`` of the cell's folder.
+    Several workers on one accelerator share its memory evenly, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
     Raises:
-        KeyboardInterrupt: after the processes that were running have saved their state.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after the processes that were running have saved their state.
     """
     left = [cell for cell in cells if not _is_finished(cell, output)]
     failures: list[Failure] = []
-    stop = threading.Event()
+    processes = _Processes()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
         Progress(*columns, TextColumn("left"), TimeRemainingColumn(), disable=quiet) as progress,
         ThreadPoolExecutor(workers) as pool,
+        _terminated_as_interrupted(),
     ):
         bar = progress.add_task("cells", total=len(cells), completed=len(cells) - len(left))
-        running = {pool.submit(_run, cell, output, workers, stop): cell for cell in left}
+        running = {pool.submit(_run, cell, output, workers, processes): cell for cell in left}
         try:
             for done in as_completed(running):
                 cell, code = running[done], done.result()
-                if code not in (0, None):
+                if code:
                     failures.append(Failure(cell, code, output / cell.name / LOG))
                 progress.update(bar, advance=1, description=f"{cell.name}{' FAILED' if code else ''}")
                 write_table(cells, output)
         except KeyboardInterrupt:
-            stop.set()  # the processes got Ctrl-C too, and are saving
+            processes.stop()
             pool.shutdown(cancel_futures=True)
             raise KeyboardInterrupt("interrupted; run the same command again to continue") from None
     write_table(cells, output)
     return failures
 
 
-def _run(cell: Cell, output: Path, workers: int, stop: threading.Event) -> int | None:
-    if stop.is_set():
-        return None
+class _Processes:
+    """Those that run now. Each is in a session of its own, so that Ctrl-C reaches it once: from here."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """The exit code; 0 without having started once they were stopped."""
+        with self._lock:
+            if self._stopped:
+                return 0
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
+
+    def stop(self) -> None:
+        """Ask all to save and stop, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.send_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as a cluster sends it before it ends a job, does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(cell: Cell, output: Path, workers: int, processes: _Processes) -> int:
     folder = output / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes on one accelerator: none takes all of its memory before the others start.
     share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.92 / workers:.3f}"}
     environment = {**(share if workers > 1 else {}), **os.environ}
-    command = [sys.executable, "-m", "agwm_jax", "train", *cell.words, "--output", str(folder)]
+    seeds = f"[{', '.join(map(str, cell.seeds))}]"
+    command = [sys.executable, "-m", "agwm_jax", "train", *cell.words, "--output", str(folder), "--seeds", seeds]
     with (folder / LOG).open("w") as log:
-        seeds = ["--seeds", f"[{', '.join(map(str, cell.seeds))}]"]
-        return subprocess.run([*command, *seeds], stdout=log, stderr=log, env=environment, check=False).returncode
+        return processes.run(command, stdout=log, stderr=log, env=environment)
 
 
 def _is_finished(cell: Cell, output: Path) -> bool:
@@ -219,9 +264,6 @@ def rows(cells: Sequence[Cell], output: Path) -> Iterator[dict[str, Any]]:
 
 def write_table(cells: Sequence[Cell], output: Path) -> Path | None:
     """All finished runs as one Parquet table; None where there is none yet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     found = list(rows(cells, output))
     if not found:
         return None

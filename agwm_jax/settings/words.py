@@ -109,18 +109,24 @@ def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return f"{_WORDS.get(annotation, str(annotation))} {bounds}".rstrip()
 
 
-def faults(error: ValidationError, raw: dict) -> list[str]:
-    """Everything that is wrong with raw settings: full path, what was got, what is allowed, the nearest known name."""
+def faults(error: ValidationError, raw: dict, whole: type[Section] = Config) -> list[str]:
+    """Everything that is wrong with raw settings: full path, what was got, what is allowed, the nearest known name.
+
+    Args:
+        error: of reading them as a `whole`.
+        raw: as a file has them.
+        whole: the outermost section.
+    """
     entries = error.errors()
     places = [entry["loc"] for entry in entries]
     # A list with a wrong item is reported for the item and once more as a whole; a union once for each alternative.
     inner = [e for e in entries if not any(p[: len(e["loc"])] == e["loc"] and len(p) > len(e["loc"]) for p in places)]
-    return list(dict.fromkeys(line for entry in inner for line in _fault(entry, raw)))
+    return list(dict.fromkeys(line for entry in inner for line in _fault(entry, raw, whole)))
 
 
-def _fault(entry: Any, raw: dict) -> list[str]:
+def _fault(entry: Any, raw: dict, whole: type[Section]) -> list[str]:
     """One entry of a pydantic report, in the words of a config."""
-    path, field, section, chosen = _locate(entry["loc"], raw)
+    path, field, section, chosen = _locate(entry["loc"], raw, whole)
     value, kind = entry["input"], entry["type"]
     if kind == "cross_field":
         return [f"{path}.{line}".lstrip(".") for line in entry["ctx"]["text"].split("\n")]
@@ -128,7 +134,7 @@ def _fault(entry: Any, raw: dict) -> list[str]:
         got_it = "" if isinstance(value, dict | Section) else f" got {got(value)}:"
         return [f"{path}:{got_it} {entry['ctx']['error']}".removeprefix(": ")]
     if field is None:
-        return [_unknown(path, section, chosen)]
+        return [_unknown(path, section, chosen, whole)]
     if kind == "choice_name":
         choice = next(marks(field, Choice))
         name = value if isinstance(value, str) else value.get(choice.key)
@@ -142,12 +148,14 @@ def _fault(entry: Any, raw: dict) -> list[str]:
     return [f"{path}: got {got(value)}; allowed: {_allowed(field)}{did_you_mean(value, texts)}"]
 
 
-def _locate(location: Sequence[int | str], raw: Any) -> tuple[str, FieldInfo | None, type[Section], str]:
+def _locate(
+    location: Sequence[int | str], raw: Any, whole: type[Section]
+) -> tuple[str, FieldInfo | None, type[Section], str]:
     """Path of a fault, its field (None: unknown), the section around it, and the choice made on the way there."""
     path, chosen = "", ""
     field: FieldInfo | None = None
-    section: type[Section] = Config
-    holds: type[Section] | None = Config
+    section: type[Section] = whole
+    holds: type[Section] | None = whole
     for item in location:
         if isinstance(item, int) and holds is None:
             path += f"[{item}]"
@@ -163,10 +171,10 @@ def _locate(location: Sequence[int | str], raw: Any) -> tuple[str, FieldInfo | N
     return path, field, section, chosen
 
 
-def _unknown(path: str, section: type[Section], chosen: str) -> str:
+def _unknown(path: str, section: type[Section], chosen: str, whole: type[Section]) -> str:
     """A setting that does not exist: the nearest one here, or where the name exists elsewhere."""
     folder, _, name = path.rpartition(".")
-    settings = list(all_settings())
+    settings = list(all_settings(whole))
     # Right but for what was not chosen; else of that name further in; else near to one of this section; else elsewhere.
     found = [_with(path, s.needs) for s in settings if f"{s.path}.".startswith(f"{path}.")][:1]
     if found == [path]:  # it exists: "run.seed: 1" is one line of a file
