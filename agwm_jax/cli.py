@@ -162,7 +162,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
 
     report = group.add_parser("report", help="tables and plots of finished runs", **options)
-    report.add_argument("runs", metavar="RUNS", type=Path, nargs="+", help="run folders, or folders of them")
+    report.add_argument(
+        "runs",
+        metavar="RUNS",
+        type=Path,
+        nargs="+",
+        help="run folders, or folders of them; or the results.parquet of a study",
+    )
     report.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
     report.add_argument(
         "--baseline", default="vanilla", help="method that the others are compared with (default: vanilla)"
@@ -252,8 +258,11 @@ def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _report(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.report import write_report
+    from agwm_jax.report import write_report, write_study_report
 
+    if [path.suffix for path in parsed.runs] == [".parquet"]:
+        print(f"{write_study_report(parsed.runs[0], parsed.output)}\nreport: {parsed.output / 'study.md'}")
+        return OK
     report = write_report(parsed.runs, parsed.output, baseline=parsed.baseline)
     print(f"{report.markdown}\nreport: {report.files[0]}")
     return OK

@@ -18,11 +18,11 @@ from typing import Annotated, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from pydantic import Field, Strict, ValidationError
+from pydantic import Field, Strict, ValidationError, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agwm_jax.errors import AgwmError, did_you_mean
-from agwm_jax.section import Section
+from agwm_jax.section import Section, refuse
 from agwm_jax.settings import load_config, strict_yaml
 from agwm_jax.settings.words import faults
 
@@ -50,6 +50,28 @@ class Study(Section):
     )
     seeds: Seeds = Field(min_length=1, description="of the runs that are reported")
     tuning_seeds: Seeds = Field(default=(), description="of runs that only choose among points of the grid")
+    controls: dict[str, str] = Field(
+        default={}, description="the arm that each arm is compared with; of those not named here the first arm"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self):
+        unknown = next((n for pair in self.controls.items() for n in pair if n not in self.arms), None)
+        hint = did_you_mean(unknown, self.arms)
+        twice = len({*self.seeds, *self.tuning_seeds}) < len(self.seeds) + len(self.tuning_seeds)
+        refuse(
+            (
+                bool(unknown),
+                f"controls: {unknown[:1]} is no arm{did_you_mean(*unknown[:1], self.arms) if unknown else ''}",
+            ),
+            (twice, "seeds, tuning_seeds: one is given twice; what chooses a point must not be scored at it"),
+        )
+        return self
+
+    def control(self, arm: str) -> str:
+        """The arm that an arm is compared with; "" for the first."""
+        first = next(iter(self.arms))
+        return self.controls.get(arm, "" if arm == first else first)
 
 
 class Cell(NamedTuple):
@@ -60,7 +82,15 @@ class Cell(NamedTuple):
     point: Mapping[str, Any]
     words: tuple[str, ...]
     """Of `agwm train`, but for the output."""
-    seeds: tuple[int, ...]
+    reported: tuple[int, ...]
+    tuning: tuple[int, ...]
+    control: str
+    """The arm that it is compared with; "" for none."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of all its runs."""
+        return (*self.reported, *self.tuning)
 
     @property
     def name(self) -> str:
@@ -120,7 +150,7 @@ def plan(study: Study, folder: Path, overrides: Sequence[str] = (), only: Sequen
             words = [word for name, value in given.items() for word in (f"--{name}", _filled(value, task, point, arm))]
             words += [_filled(word, task, point, arm) for word in overrides]
             config = ("--config", str(folder / study.tasks[task]))
-            cells.append(Cell(task, arm, point, (*config, *words), seeds))
+            cells.append(Cell(task, arm, point, (*config, *words), study.seeds, study.tuning_seeds, study.control(arm)))
     kept = [cell for cell in cells if not only or any(fnmatch(cell.name, pattern) for pattern in only)]
     if not kept:
         raise AgwmError(f"--only {' '.join(only)}: no cell of the {len(cells)} is so named, such as {cells[0].name}")
@@ -250,7 +280,9 @@ def rows(cells: Sequence[Cell], output: Path) -> Iterator[dict[str, Any]]:
                 "task": cell.task,
                 "arm": cell.arm,
                 **cell.point,
+                "control": cell.control,
                 "seed": seed,
+                "tuning": seed in cell.tuning,
                 "metric": metric,
                 **{split: 100 * scores[metric] for split, scores in result["scores"].items() if metric in scores},
                 "reported": result["split"],
@@ -269,6 +301,7 @@ def write_table(cells: Sequence[Cell], output: Path) -> Path | None:
         return None
     names = dict.fromkeys(name for row in found for name in row)
     table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in found])
+    table = table.replace_schema_metadata({"grid": " ".join(cells[0].point)})
     partial, path = output / f".{TABLE}", output / TABLE
     pq.write_table(table, partial)
     partial.replace(path)  # a reader finds a whole table or none

@@ -75,6 +75,7 @@ def test_every_arm_at_every_point_with_all_seeds(study):
         ({"arms": {"vanilla": {"finetune.epochs": "${rat}"}}}, r"arm vanilla: \$\{rat\} is no variable .* mean rate\?"),
         ({"arms": {"vanilla": {"finetune.epoch": 2}}}, r"finetune.epoch: .* did you mean finetune.epochs\?"),
         ({"arms": {"a/b": {}}}, "arms"),
+        ({"controls": {"half": "vanila"}}, r"controls: .*vanila.* is no arm; did you mean vanilla\?"),
         ({"tasks": {"agreement": "other.yaml"}}, "other.yaml: no such config file"),
     ],
 )
@@ -121,9 +122,16 @@ def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, 
     assert [(row["arm"], row["seed"]) for row in table] == [(a, s) for a in ("vanilla", "half") for s in (0, 1, 7)]
     assert table == list(rows(planned(path), output))
     assert {row["rate"] for row in table} == {1e-3}
+    assert {(row["arm"], row["control"]) for row in table} == {("vanilla", ""), ("half", "vanilla")}
+    assert [row["seed"] for row in table if row["tuning"]] == [7, 7]
     assert all(-100 <= row[row["reported"]] <= 100 and row["seconds"] > 0 for row in table)
 
     finished = (output / "agreement" / "half" / "rate=0.001" / "log.txt").stat().st_mtime_ns
+    report = [sys.executable, "-m", "agwm_jax", "report", str(output / "results.parquet"), "--output", str(tmp_path)]
+    told = subprocess.run(report, **options, check=False, timeout=SECONDS)
+    assert told.returncode == 0, told.stdout
+    assert "| `half` | rate 0.001 |" in told.stdout
+
     again = subprocess.run([*command, "--only", "*/half/*"], **options, check=False, timeout=SECONDS)
     assert again.returncode == 0, again.stdout
     assert (output / "agreement" / "half" / "rate=0.001" / "log.txt").stat().st_mtime_ns == finished
