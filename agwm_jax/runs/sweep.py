@@ -57,13 +57,9 @@ class Study(Section):
     @model_validator(mode="after")
     def _fits_together(self):
         unknown = next((n for pair in self.controls.items() for n in pair if n not in self.arms), None)
-        hint = did_you_mean(unknown, self.arms)
         twice = len({*self.seeds, *self.tuning_seeds}) < len(self.seeds) + len(self.tuning_seeds)
         refuse(
-            (
-                bool(unknown),
-                f"controls: {unknown[:1]} is no arm{did_you_mean(*unknown[:1], self.arms) if unknown else ''}",
-            ),
+            (unknown is not None, f"controls: {unknown} is no arm{did_you_mean(unknown, self.arms)}"),
             (twice, "seeds, tuning_seeds: one is given twice; what chooses a point must not be scored at it"),
         )
         return self
