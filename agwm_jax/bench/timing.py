@@ -14,6 +14,10 @@ import numpy as np
 from agwm_jax.core.cost import matmul_flops
 from agwm_jax.engine.lanes import compiler_options, peak_bytes
 
+TURN_SECONDS = 0.3
+"""Of the untimed and of the timed half of a program's turn. Before it a GPU was idle and has lowered its clock, and a
+CPU may have given the pages of a larger program back to the system: the first steps pay for that."""
+
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
 
@@ -82,10 +86,11 @@ def measure(
     others: Mapping[str, Callable[[], None]],
     rounds: int,
 ) -> dict[str, np.ndarray]:
-    """Seconds ``[rounds]`` of every program, the second of two calls a round; a first round is not kept.
+    """Seconds ``[rounds]`` of one step of every program; a first round is not kept.
 
     All programs take turns, in another order each round, so that a machine that slows down slows all of them. The state
-    of one is made for its turn and dropped after it: those of all may be more than a device holds.
+    of one is made for its turn and dropped after it: those of all may be more than a device holds. A turn is one step or
+    more for `TURN_SECONDS` that are not timed, and as many that are.
     """
 
     def turn(name: str) -> Callable[[], None]:
@@ -101,13 +106,20 @@ def measure(
     for number in range(rounds + 1):
         for name in np.random.default_rng(number).permutation(list(seconds)).tolist():
             run = turn(name) if name in compiled else others[name]
-            run()  # after a larger program it finds its pages given back to the system, and pays for new ones
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+            _seconds_a_call(run)
+            seconds[name].append(_seconds_a_call(run))
             del run
         print(f"round {number + 1} of {rounds + 1}", end="\r", file=sys.stderr, flush=True)
     return {name: np.array(found[1:]) for name, found in seconds.items()}
+
+
+def _seconds_a_call(run: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    count = 0
+    while count == 0 or time.perf_counter() - began < TURN_SECONDS:
+        run()
+        count += 1
+    return (time.perf_counter() - began) / count
 
 
 def matrix_product(dtype: str) -> tuple[Callable[[], None], int]:

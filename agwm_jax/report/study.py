@@ -176,7 +176,7 @@ _SENTENCE = (
     "Scores are in points, mean and standard deviation over the n reported seeds. A difference is paired by seed; the "
     "brackets hold its 95 % bootstrap-t interval. p is of the exact sign-flip test over the pairs, corrected by Holm "
     "for all rows of its table. *Could be seen*: the difference that a paired t-test would find with a power of 80 %, "
-    "from the spread of these pairs. Seconds are without compiling, the share of one seed where seeds go side by side.\n"
+    "from the spread of these pairs. Seconds are without compiling, the share of one seed where several go at once.\n"
 )
 
 
