@@ -88,9 +88,9 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Seconds ``[rounds]`` of one step of every program; a first round is not kept.
 
-    All programs take turns, in another order each round, so that a machine that slows down slows all of them. The state
-    of one is made for its turn and dropped after it: those of all may be more than a device holds. A turn is one step or
-    more for `TURN_SECONDS` that are not timed, and as many that are.
+    All programs take turns, in another order each round, so that a machine that slows down slows all of them. The
+    state of one is made for its turn and dropped after it: those of all may be more than a device holds. A turn is one
+    step or more for `TURN_SECONDS` that are not timed, and as many that are.
     """
 
     def turn(name: str) -> Callable[[], None]:

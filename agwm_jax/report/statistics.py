@@ -8,6 +8,8 @@ from jaxtyping import Float
 from scipy import stats
 
 RESAMPLES = 20_000
+MIN_PAIRS = 4
+"""For an interval: of three values every ninth resample is one value three times, and says nothing of its error."""
 
 
 def bootstrap_t(differences: Float[np.ndarray, "n"], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -17,17 +19,17 @@ def bootstrap_t(differences: Float[np.ndarray, "n"], *, level: float = 0.95, see
     for that. Of ten values it is about as wide as Student's, and lopsided where they are.
 
     Args:
-        differences: n >= 3 of them, one a pair.
+        differences: one a pair.
         level: of confidence.
         seed: of the resampling.
 
     Returns:
-        low, high; NaN with fewer than three values, the mean twice where all are equal.
+        low, high; NaN with fewer than `MIN_PAIRS`, the mean twice where all are equal.
     """
     n, mean = len(differences), float(np.mean(differences))
-    if n < 3:
+    if n < MIN_PAIRS:
         return math.nan, math.nan
-    error = np.std(differences, ddof=1) / math.sqrt(n)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
     if error == 0:
         return mean, mean
     drawn = differences[np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))]

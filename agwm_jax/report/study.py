@@ -47,7 +47,7 @@ class Compared(NamedTuple):
 
     @property
     def text(self) -> str:
-        """``+0.4 [-0.2, +1.1]``; no interval below three pairs."""
+        """``+0.4 [-0.2, +1.1]``; no interval of too few pairs."""
         if not len(self.differences):
             return "-"
         low, high = bootstrap_t(self.differences)
@@ -187,7 +187,7 @@ def write_figure(cells: Sequence[Cell], path: Path) -> Path:
     look = looks(arms, baseline=arms[0])
 
     def draw(figure: "Figure") -> None:
-        headline(figure, "Score of every arm at every point of the grid (mean and range over seeds)")
+        headline(figure, "Score by arm (mean and range over seeds)")
         for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
             points = list(dict.fromkeys(cell.point for cell in cells if cell.task == task))
             for number, arm in enumerate(arms):

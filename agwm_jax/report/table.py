@@ -9,9 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from agwm_jax.report.comparisons import Collection, Comparison
-
-RESAMPLES = 10_000
-MIN_PAIRS = 3
+from agwm_jax.report.statistics import MIN_PAIRS, RESAMPLES, bootstrap_t
 
 
 class Difference(NamedTuple):
@@ -39,7 +37,7 @@ class Summary(NamedTuple):
 def paired_difference(
     scores: Mapping[int, float], baseline: Mapping[int, float], *, seed: int = 0
 ) -> Difference | None:
-    """Mean of score - baseline over the common seeds, with a 95 % percentile-bootstrap interval over those seeds.
+    """Mean of score - baseline over the common seeds, with its 95 % bootstrap-t interval over those seeds.
 
     Args:
         scores: seed -> score of a method.
@@ -53,11 +51,7 @@ def paired_difference(
     if not common:
         return None
     values = np.array([scores[key] - baseline[key] for key in common], dtype=np.float64)
-    low = high = math.nan
-    if len(values) >= MIN_PAIRS:
-        rows = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-        low, high = (float(bound) for bound in np.quantile(values[rows].mean(axis=1), [0.025, 0.975]))
-    return Difference(float(values.mean()), low, high, len(values))
+    return Difference(float(values.mean()), *bootstrap_t(values, seed=seed), len(values))
 
 
 def summarize(comparison: Comparison) -> list[Summary]:
@@ -112,9 +106,9 @@ def interval_sentence(baseline: str) -> str:
     return (
         "Scores are in points (metric times 100), after the last epoch. Mean and standard deviation (n - 1) are over "
         f"seeds. The difference is paired: score minus that of {baseline} with the same seed, averaged over the n "
-        f"common seeds; the brackets hold its 95 % percentile-bootstrap interval over them ({RESAMPLES:,} resamples, "
-        "fixed seed). An interval that contains 0 is no evidence of a difference; with fewer than about 10 seeds it is "
-        "narrower than it should be. Seconds are means over seeds, peak memory is the largest."
+        f"common seeds; the brackets hold its 95 % bootstrap-t interval over them ({RESAMPLES:,} resamples, fixed "
+        f"seed), which {MIN_PAIRS} seeds or more can give. An interval that contains 0 is no evidence of a difference. "
+        "Seconds are means over seeds, peak memory is the largest."
     )
 
 

@@ -48,8 +48,9 @@ def test_the_interval_follows_the_values():
     lopsided = bootstrap_t(np.array([0.0, 0.1, 0.0, 0.2, 0.1, 4.0]))
     mean = 4.4 / 6
     assert lopsided[1] - mean > mean - lopsided[0]
-    assert bootstrap_t(np.array([0.5, 0.5, 0.5])) == (0.5, 0.5)
-    assert all(math.isnan(bound) for bound in bootstrap_t(np.array([0.5, 0.6])))
+    assert bootstrap_t(np.full(4, 0.5)) == (0.5, 0.5)
+    assert all(math.isfinite(bound) for bound in bootstrap_t(np.array([0.1, 0.2, 0.4, 0.3])))
+    assert all(math.isnan(bound) for bound in bootstrap_t(np.array([0.5, 0.6, 0.7])))
 
 
 def test_what_can_be_seen_is_seen_in_four_of_five():

@@ -32,11 +32,11 @@ def assert_drawn(path: Path) -> None:
     assert (pixels[:2] > 0.99).all()
 
 
-def test_three_methods_and_three_seeds(write_run, tmp_path):
-    for seed in range(3):
+def test_three_methods_and_four_seeds(write_run, tmp_path):
+    for seed in range(4):
         for method, gain in (("vanilla", 0.0), ("frozen_alpha", 0.001), ("agwm", 0.02)):
             write_run(method, seed, 0.7 + 0.01 * seed + gain, groups=True)
-    write_run("agwm", 3, finished=False)
+    write_run("agwm", 4, finished=False)
     report = write_report([tmp_path / "runs"], tmp_path / "out" / "deep")
     names = [path.name for path in report.files]
     assert names == [
@@ -53,8 +53,8 @@ def test_three_methods_and_three_seeds(write_run, tmp_path):
         assert_drawn(path)
         assert f"]({path.name})" in report.markdown
     assert report.files[0].read_text(encoding="utf-8") == report.markdown
-    assert "| agwm | 73.00 | 1.00 | 3 | +2.00 [+2.00, +2.00], n = 3 |" in report.markdown
-    assert "95 % percentile-bootstrap interval" in report.markdown
+    assert "| agwm | 73.50 | 1.29 | 4 | +2.00 [+2.00, +2.00], n = 4 |" in report.markdown
+    assert "95 % bootstrap-t interval" in report.markdown
     assert "### Scores by group" in report.markdown
     assert "## Unfinished runs" in report.markdown
     assert "agreement-agwm-3" in report.markdown
