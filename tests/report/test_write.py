@@ -57,7 +57,7 @@ def test_three_methods_and_four_seeds(write_run, tmp_path):
     assert "95 % bootstrap-t interval" in report.markdown
     assert "### Scores by group" in report.markdown
     assert "## Unfinished runs" in report.markdown
-    assert "agreement-agwm-3" in report.markdown
+    assert "agreement-agwm-4" in report.markdown
     assert report.warnings == []
     again = write_report([tmp_path / "runs"], tmp_path / "out" / "deep")
     assert again == report
