@@ -1,5 +1,5 @@
 # quickstart: train on the embedded default and plot it     test: run the tests     parity: compare with PyTorch
-# lint: style, types, layers     docs: build the site     ci: all that is checked
+# device: compare a GPU or TPU with its machine's CPU     lint: style, types, layers     docs: build the site     ci: all
 # mpnet: fetch all-mpnet-base-v2 (404 MB)     clean: remove what these made
 # PYTHON=/path/to/python3.12 make ... takes that Python. PYTEST_OPTIONS="-n 0 -k config" replaces the options of pytest.
 
@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PYTEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 25
 PARITY_OPTIONS ?= --durations 5
 
-.PHONY: help quickstart test parity lint mpnet docs ci clean
+.PHONY: help quickstart test parity device lint mpnet docs ci clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -34,7 +34,7 @@ parity: $(VENV)/.parity
 
 # On a machine with a GPU or TPU, in an environment whose jax is for it; `make test` needs none.
 device:
-	AGWM_TEST_PLATFORMS= $(PYTHON) -m pytest $(DEVICE_OPTIONS) tests/device
+	AGWM_TEST_PLATFORMS= $(or $(PYTHON),python3) -m pytest $(DEVICE_OPTIONS) tests/device
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -111,3 +111,28 @@ def test_memory_is_that_of_compiled_shapes_and_falls_with_devices():
     assert alone.collectives == {}
     assert shared.collectives["all-gather"] > 0
     assert "| tiny, plain |" in markdown([alone, shared])
+
+
+def test_the_room_of_a_gate(experiments, monkeypatch, tmp_path):
+    """Weights that a far too large rate has spoilt: a gate fitted to them moves back towards the pretrained ones."""
+    import leverage
+
+    settings = {**SETTINGS, "model": write_checkpoint(tmp_path), "task.validation_size": 80}
+    kept = {name: value for name, value in settings.items() if not name.startswith(("method", "finetune"))}
+    typed = [word for name, value in kept.items() for word in (f"--{name}", str(value))]
+    config = tmp_path / "task.yaml"
+    config.write_text("task: {source: agreement}\n")
+    own = ["--config", str(config), "--output", str(tmp_path / "out"), "--rates", "0.3", "--seeds", "0", "1"]
+    fitting = ["--gates", "one", "kernel", "--steps", "60", "--gate-rate", "0.1", "--gate-batch", "16"]
+    monkeypatch.setattr("sys.argv", ["leverage", *own, *fitting, *typed])
+    assert leverage.main() == 0
+    with (tmp_path / "out" / "leverage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["gate"]) for row in rows] == [(s, g) for s in "01" for g in ("A = 1", "one", "kernel")]
+    for row in rows:
+        moved = float(row["mean_gate"])
+        assert moved == 1 if row["gate"] == "A = 1" else 0 <= moved < 1
+        base = next(float(r["score"]) for r in rows if (r["seed"], r["gate"]) == (row["seed"], "A = 1"))
+        assert float(row["gain"]) == pytest.approx(float(row["score"]) - base, abs=1e-4)
+    assert sum(float(row["mean_gate"]) for row in rows) / len(rows) < 0.9
+    assert "| A = 1 | one | kernel |" in (tmp_path / "out" / "leverage.md").read_text()
