@@ -131,7 +131,7 @@ def test_the_room_of_a_gate(experiments, monkeypatch, tmp_path):
     assert [(row["seed"], row["gate"]) for row in rows] == [(s, g) for s in "01" for g in ("A = 1", "one", "kernel")]
     for row in rows:
         moved = float(row["mean_gate"])
-        assert moved == 1 if row["gate"] == "A = 1" else 0 <= moved < 1
+        assert moved == 1 if row["gate"] == "A = 1" else 0 <= moved <= 1
         base = next(float(r["score"]) for r in rows if (r["seed"], r["gate"]) == (row["seed"], "A = 1"))
         assert float(row["gain"]) == pytest.approx(float(row["score"]) - base, abs=1e-4)
     assert sum(float(row["mean_gate"]) for row in rows) / len(rows) < 0.9
