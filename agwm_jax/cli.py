@@ -205,7 +205,19 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
         each = ", ".join(f"{result['seed']}: {result['score']:.4f}" for result in results)
         print(f"{what} = {statistics.mean(scores):.4f}{spread} (by seed {each})")
     print(f"run folder: {config.run.output}")
+    _warn_of_learning(results)
     return OK
+
+
+def _warn_of_learning(results: list[dict[str, Any]]) -> None:
+    """Last, where it is read: what says that a score means nothing; of several seeds once."""
+    from agwm_jax.runs.learning import NAMES
+
+    for name in NAMES:
+        hit = {r["seed"]: w["message"] for r in results for w in r.get("warnings", []) if w["name"] == name}
+        if hit:
+            seeds = f"seeds {', '.join(map(str, hit))}, the first: " if len(results) > 1 else ""
+            warnings.warn(f"{seeds}{next(iter(hit.values()))}", stacklevel=1)
 
 
 def _sweep(parsed: argparse.Namespace, overrides: list[str]) -> int:
@@ -258,11 +270,13 @@ def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _report(parsed: argparse.Namespace, _: list[str]) -> int:
-    from agwm_jax.report import write_report, write_study_report
-
     if [path.suffix for path in parsed.runs] == [".parquet"]:
+        from agwm_jax.report.study import write_study_report
+
         print(f"{write_study_report(parsed.runs[0], parsed.output)}\nreport: {parsed.output / 'study.md'}")
         return OK
+    from agwm_jax.report import write_report
+
     report = write_report(parsed.runs, parsed.output, baseline=parsed.baseline)
     print(f"{report.markdown}\nreport: {report.files[0]}")
     return OK

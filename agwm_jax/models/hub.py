@@ -23,7 +23,9 @@ _HUB_FILES = (
     "merges.txt",  # of a byte-level BPE, beside vocab.json
     "special_tokens_map.json",
     "added_tokens.json",
+    "1_Pooling/config.json",
 )
+_MODES = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:
@@ -79,6 +81,21 @@ def _files() -> list[str]:
     return [*_HUB_FILES, *sorted(tokenizers)]
 
 
+def sentence_pooling(folder: Path) -> str | None:
+    """How a folder of sentence-transformers makes one vector of a text: "cls", "mean" or "last"; None: it is no such
+    folder, or it does something else.
+
+    Raises:
+        AgwmError: its 1_Pooling/config.json is not a JSON object.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return None
+    values = _read_object(path)
+    modes = [name for name, on in values.items() if name.startswith("pooling_mode_") and on is True]
+    return _MODES.get(modes[0].removeprefix("pooling_mode_")) if len(modes) == 1 else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The values of a folder's config.json.
 
@@ -93,15 +110,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise AgwmError(f"{folder} has no config.json; expected a Hugging Face folder.")
+    values = _read_object(path)
+    if values.get("quantization_config"):
+        raise AgwmError(
+            f"The weights of {folder} are quantised (quantization_config in config.json), and only floating-point ones "
+            "can be trained: take the checkpoint that they were made from."
+        )
+    return values
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AgwmError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
         raise AgwmError(f"{path} holds a {type(values).__name__}, expected an object of settings.")
-    if values.get("quantization_config"):
-        raise AgwmError(
-            f"The weights of {folder} are quantised (quantization_config in config.json), and only floating-point ones "
-            "can be trained: take the checkpoint that they were made from."
-        )
     return values

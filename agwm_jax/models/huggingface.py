@@ -28,7 +28,7 @@ from agwm_jax.models.family import (
     model_type_of,
     output_paths,
 )
-from agwm_jax.models.hub import find_folder, read_config
+from agwm_jax.models.hub import find_folder, read_config, sentence_pooling
 from agwm_jax.models.model import Model
 from agwm_jax.models.safetensors import canonical, num_classes, read_safetensors, to_params, to_tensors
 
@@ -98,8 +98,8 @@ def load_pretrained(
         label_names: of the task's classes, in its order. A folder's own head is taken only if it has the same names
             (in any case); its classes are then put in this order. None, or one name: no names are compared.
         dtype: dtype of the computation; weights are float32, or float64 where this is.
-        pooling: "cls" | "mean", of decoders "last" | "mean"; None is what the folder was saved with, the family's own
-            where it does not say.
+        pooling: "cls" | "mean", of decoders "last" | "mean"; None is what the folder was saved with (sentence encoders
+            say it in 1_Pooling/config.json), the family's own where it does not say.
         dropout: all dropout rates; None keeps config.json's.
         attention_dropout: that of attention's probabilities, whatever `dropout` is; None: no rate of its own. The fused
             attention kernel drops nothing, so that it serves in training at 0 alone.
@@ -120,9 +120,7 @@ def load_pretrained(
     if attention_dropout is not None:
         config = config.with_attention_dropout(attention_dropout)
     table = family.table(config)
-    ours = hf_config.get("agwm_jax")
-    saved_pooling = hf_config.get(family.pooling_key, family.poolings[0])
-    saved_pooling = ours.get("pooling", saved_pooling) if isinstance(ours, dict) else saved_pooling
+    saved_pooling = _saved_pooling(folder, hf_config, family)
     pooling = saved_pooling if pooling is None else pooling
     tensors = canonical(read_safetensors(folder), family)
     num_labels = num_labels or (None if label_names is None else len(label_names))
@@ -163,6 +161,17 @@ def load_pretrained(
         hf_config=hf_config,
         load_tokenizer=cache(lambda: _load_tokenizer(folder, family, config.vocab_size)),
     )
+
+
+def _saved_pooling(folder: Path, hf_config: Mapping[str, Any], family: Family) -> str:
+    """What a folder was saved with: by us, by its family, by sentence-transformers; else the family's own."""
+    ours = hf_config.get("agwm_jax")
+    if isinstance(ours, dict) and "pooling" in ours:
+        return ours["pooling"]
+    if family.pooling_key in hf_config:
+        return hf_config[family.pooling_key]
+    said = sentence_pooling(folder)
+    return said if said in family.poolings else family.poolings[0]
 
 
 def with_head(pretrained: Pretrained, *, seed: int) -> Pretrained:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from agwm_jax.core.types import Params
 from agwm_jax.data.in_memory import as_task
@@ -20,6 +21,7 @@ from agwm_jax.models.family import output_paths
 from agwm_jax.models.huggingface import Pretrained
 from agwm_jax.runs.build import Prepared, prepare, recipe, truncations
 from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
+from agwm_jax.runs.learning import learning_warnings
 from agwm_jax.settings.config import parse_config
 
 Merge = Callable[[Prepared, Variables], Params]
@@ -152,12 +154,16 @@ def conclude(
     draw = prepared.draw
     own, params = prepared.method.model, merge(prepared, learnt)
     model = FittedModel(draw.task, prepared.pretrained, params, draw.scale, data, placement, own)
-    scores, groups = {}, {}
+    scores, groups, learning = {}, {}, []
     for name, encoded in draw.encoded.items():
         if name != "train" and not os.path.isabs(name):  # a file that the method alone reads is not scored
             split, logits = draw.task.splits[name], model.logits(encoded)
             scores[name] = model.scores(split, logits)
             groups[name] = model.group_scores(split, logits)
-    warnings = [*truncations(draw.reports), *(x._asdict() for x in prepared.method.warnings(records))]
+            if name == draw.task.report_split:
+                labels, truth = draw.encoded["train"]["labels"], np.asarray(split["label"])
+                learning = learning_warnings(records, labels, logits, truth, draw.task.label_names)
+    failures = [*prepared.method.warnings(records), *learning]
+    warnings = [*truncations(draw.reports), *(x._asdict() for x in failures)]
     groups = {name: found for name, found in groups.items() if found}
     return Result(prepared.seed, model, learnt, scores, groups, list(records), dict(seconds), warnings)

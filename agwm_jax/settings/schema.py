@@ -18,7 +18,8 @@ class Model(Section):
     revision: str | None = Field(default=None, description="commit, tag or branch on the hub; null: the newest")
     pooling: Literal["cls", "last", "mean"] | None = Field(
         default=None,
-        description="sentence vector; null: as the folder says, else cls, or last of a decoder",
+        description="sentence vector; null: as the folder says (a sentence encoder in 1_Pooling), else cls, or last of "
+        "a decoder",
     )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="dropout rate; null: the checkpoint's own")
     attention_dropout: float | None = Field(

@@ -60,7 +60,7 @@ def test_golden_logits_in_float64(name):
 
 
 def test_golden_logits_of_minilm():
-    pretrained = load_pretrained("minilm", num_labels=3)
+    pretrained = load_pretrained("minilm", num_labels=3, pooling="cls")
     params = pretrained.params | minilm_head(3, pretrained.config.hidden_size)
     logits = jax.jit(pretrained.model.apply)(params, texts_batch(pretrained.tokenizer))
     np.testing.assert_allclose(logits, GOLDEN["minilm"], rtol=0, atol=1e-5)

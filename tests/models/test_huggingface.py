@@ -160,6 +160,33 @@ def test_head_trained_on_another_pooling_is_not_taken(folder):
         load_pretrained(folder, pooling="mean")
 
 
+@pytest.mark.parametrize(
+    ("modes", "pooling"),
+    [
+        (["mean_tokens"], "mean"),
+        (["cls_token"], "cls"),
+        (["lasttoken"], "cls"),  # BERT has no such pooling: its own
+        (["max_tokens"], "cls"),
+        (["cls_token", "mean_tokens"], "cls"),  # both, one after the other
+    ],
+)
+def test_a_sentence_encoder_is_read_as_its_folder_says(folder, modes, pooling):
+    said = {f"pooling_mode_{name}": name in modes for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")}
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **said}))
+    assert load_pretrained(folder, num_labels=3).pooling == pooling
+    assert load_pretrained(folder, num_labels=3, pooling="cls").pooling == "cls"
+    change_config(folder, agwm_jax={"pooling": "cls"})  # what we wrote ourselves comes first
+    assert load_pretrained(folder, num_labels=3).pooling == "cls"
+
+
+def test_a_damaged_pooling_file_is_named(folder):
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("[]")
+    with pytest.raises(AgwmError, match=r"1_Pooling/config.json holds a list, expected an object"):
+        load_pretrained(folder, num_labels=3)
+
+
 def test_names_without_prefix_legacy_norms_and_other_heads(folder):
     expected = load_pretrained(folder, num_labels=3).params
 
@@ -386,7 +413,9 @@ def test_hub_id_downloads_safetensors_alone(folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     pretrained = load_pretrained("someone/some-model", num_labels=3, revision="abc")
     assert (asked["name"], asked["revision"]) == ("someone/some-model", "abc")
-    assert {"model.safetensors", "vocab.txt", "sentencepiece.bpe.model", "merges.txt"} <= {*asked["allow_patterns"]}
+    assert {"model.safetensors", "vocab.txt", "sentencepiece.bpe.model", "merges.txt", "1_Pooling/config.json"} <= {
+        *asked["allow_patterns"]
+    }
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
     assert pretrained.source == "someone/some-model"
 

@@ -39,7 +39,7 @@ def golden() -> dict[str, list[list[float]]]:
         return torch_logits(torch_model(small.of, small.config, params), batch_of(small))
 
     single = {name: logits(small, np.float32) for name, small in SMALL.items()}
-    minilm = load_pretrained("minilm", num_labels=3)
+    minilm = load_pretrained("minilm", num_labels=3, pooling="cls")
     params = minilm.params | minilm_head(3, minilm.config.hidden_size)
     model = torch_model(minilm.family, minilm.config, params)
     single["minilm"] = torch_logits(model, texts_batch(minilm.tokenizer))

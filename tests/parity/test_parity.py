@@ -23,7 +23,7 @@ CASES = [*SMALL, *RANDOM, "minilm"]
 
 @pytest.fixture(scope="module")
 def pretrained():
-    return load_pretrained("minilm", num_labels=3)
+    return load_pretrained("minilm", num_labels=3, pooling="cls")
 
 
 def padded_on_the_left(batch):

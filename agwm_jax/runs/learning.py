@@ -1,0 +1,61 @@
+"""Did training learn anything: the two ways in which a finished run shows that it did not, with the remedy."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Num
+
+from agwm_jax.methods.warning import MethodWarning
+
+NAMES = ("training_hardly_moved", "one_class_predicted")
+_MIN_STEPS = 8
+"""Of finetune: of fewer, a quarter is one batch."""
+_REMEDY = (
+    "Raise finetune.optimizer.learning_rate (five times the default is a start for a small encoder) or "
+    "finetune.epochs; the method probe, which trains a classifier on the encoder's features, shows what can be reached."
+)
+
+
+def learning_warnings(
+    records: Sequence[Mapping[str, Any]],
+    labels: Num[np.ndarray, "n"],
+    logits: Float[np.ndarray, "m c"],
+    truth: Num[np.ndarray, "m"],
+    label_names: Sequence[str],
+) -> list[MethodWarning]:
+    """At most one warning of each of `NAMES`.
+
+    Args:
+        records: of the run.
+        labels: of the training set: classes, or standardised scores.
+        logits: of the reported split.
+        truth: its labels.
+        label_names: of the classes; empty for a regression.
+    """
+    found = []
+    losses = [float(r["loss"]) for r in records if r.get("phase") == "finetune" and r.get("loss") is not None]
+    guessing = _guessing(labels, regression=not label_names)
+    if len(losses) >= _MIN_STEPS:
+        last = float(np.mean(losses[-(len(losses) // 4) :]))
+        if guessing > 0 and last > 0.95 * guessing:
+            sentence = (
+                f"the loss of the last quarter of finetune is {last:.3f}, and that of guessing by the labels alone is "
+                f"{guessing:.3f}: training has hardly moved the model. {_REMEDY}"
+            )
+            found.append(MethodWarning(NAMES[0], sentence))
+    predicted = np.unique(logits.argmax(1)) if label_names else np.array([])
+    if len(predicted) == 1 and len(np.unique(truth)) > 1:
+        name = label_names[int(predicted[0])]
+        sentence = f"every one of the {len(logits)} texts that are scored is predicted as {name}. {_REMEDY}"
+        found.append(MethodWarning(NAMES[1], sentence))
+    return found
+
+
+def _guessing(labels: Num[np.ndarray, "n"], *, regression: bool) -> float:
+    """Loss of who knows the labels' distribution and nothing else: its entropy, or the variance of scores."""
+    if regression:
+        return float(np.var(labels))
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return -math.fsum(share * math.log(share) for share in shares)

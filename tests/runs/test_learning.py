@@ -1,0 +1,58 @@
+"""A run that learnt nothing says so, and one that learnt something does not."""
+
+import math
+
+import numpy as np
+import pytest
+
+from agwm_jax.cli import _warn_of_learning
+from agwm_jax.runs.learning import NAMES, learning_warnings
+
+CLASSES = ("no", "yes", "maybe")
+LABELS = np.array([0] * 50 + [1] * 30 + [2] * 20)
+ENTROPY = -sum(share * math.log(share) for share in (0.5, 0.3, 0.2))
+RIGHT = np.eye(3)[LABELS]
+
+
+def records(last: float, *, phase: str = "finetune"):
+    return [{"phase": phase, "loss": loss} for loss in np.linspace(1.2, last, 20)]
+
+
+def names(found):
+    return [warning.name for warning in found]
+
+
+def test_a_loss_like_that_of_guessing():
+    unmoved = learning_warnings(records(0.99 * ENTROPY), LABELS, RIGHT, LABELS, CLASSES)
+    assert names(unmoved) == ["training_hardly_moved"]
+    assert f"guessing by the labels alone is {ENTROPY:.3f}" in unmoved[0].message
+    # ln 3 = 1.099 would let this pass for learning: who guesses the commonest class has 1.030.
+    assert names(learning_warnings(records(1.0), LABELS, RIGHT, LABELS, CLASSES)) == ["training_hardly_moved"]
+    assert learning_warnings(records(0.5), LABELS, RIGHT, LABELS, CLASSES) == []
+    assert learning_warnings(records(1.2, phase="search-0"), LABELS, RIGHT, LABELS, CLASSES) == []
+    assert learning_warnings(records(1.2)[:5], LABELS, RIGHT, LABELS, CLASSES) == []
+
+
+def test_one_class_for_all():
+    same = np.tile([0.1, 0.9, 0.0], (100, 1))
+    (found,) = learning_warnings(records(0.5), LABELS, same, LABELS, CLASSES)
+    assert found.name == "one_class_predicted"
+    assert "every one of the 100 texts that are scored is predicted as yes" in found.message
+    assert learning_warnings(records(0.5), LABELS, same, np.ones(100), CLASSES) == []  # and all of them are yes
+
+
+@pytest.mark.parametrize(("last", "expected"), [(0.97, ["training_hardly_moved"]), (0.5, [])])
+def test_a_regression_is_held_against_the_spread_of_its_labels(last, expected):
+    labels = np.array([-1.0, 1.0] * 20)
+    assert names(learning_warnings(records(last), labels, np.zeros((40, 1)), labels, ())) == expected
+
+
+def test_the_command_line_says_it_once_for_all_seeds():
+    hit = {"name": NAMES[0], "message": "nothing moved."}
+    other = {"name": "texts_truncated", "message": "cut"}
+    results = [{"seed": 0, "warnings": [hit]}, {"seed": 1, "warnings": [other]}, {"seed": 2, "warnings": [hit]}]
+    with pytest.warns(UserWarning, match=r"^seeds 0, 2, the first: nothing moved\.$") as told:
+        _warn_of_learning(results)
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"^nothing moved\.$"):
+        _warn_of_learning(results[:1])
