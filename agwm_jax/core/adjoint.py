@@ -1,4 +1,4 @@
-"""Reverse mode through one update of an optimiser, safe where a root in it has no derivative."""
+"""Reverse and forward mode through one update of an optimiser, safe where a root in it has no derivative."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,13 +34,34 @@ def update_vjp(
     it is the derivative.
     """
 
+    _, vjp = jax.vjp(*_differentiable(update, inner, grads))
+    of_grads, of_params, of_opt_state = vjp((cotangent.params, cotangent.opt_state))
+    return of_grads, InnerState(of_params, of_opt_state)
+
+
+def update_jvp(
+    update: Callable[[InnerState, Vector], InnerState], inner: InnerState, grads: Vector
+) -> Callable[[InnerState, Vector], InnerState]:
+    """Jacobian of an update: ``push(tangent of inner, tangent of grads) -> tangent of the result``.
+
+    As `update_vjp`, with the same guard: tangents of an optimiser's state hold None where it has no floats.
+    """
+    _, push = jax.linearize(*_differentiable(update, inner, grads))
+
+    def pushed(of_inner: InnerState, of_grads: Vector) -> InnerState:
+        return InnerState(*push(of_grads, of_inner.params, of_inner.opt_state))
+
+    return pushed
+
+
+def _differentiable(update, inner: InnerState, grads: Vector) -> tuple[Any, ...]:
+    """The update as a function of gradient, weights and the floats of its state, guarded; and these."""
+
     def after(grads, params, opt_floats):
         result = update(InnerState(params, _with_floats(inner.opt_state, opt_floats)), grads)
         return result.params, float_leaves(result.opt_state)
 
-    _, vjp = jax.vjp(_guarded(after), grads, inner.params, float_leaves(inner.opt_state))
-    of_grads, of_params, of_opt_state = vjp((cotangent.params, cotangent.opt_state))
-    return of_grads, InnerState(of_params, of_opt_state)
+    return _guarded(after), grads, inner.params, float_leaves(inner.opt_state)
 
 
 def cotangent_of(params: Vector, opt_state: optax.OptState) -> InnerState:

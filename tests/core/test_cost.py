@@ -124,6 +124,7 @@ TABLE = {
     "unrolled, jvp": (hypergrad.unrolled(hvp="jvp"), 5),
     "unrolled, reverse": (hypergrad.unrolled(hvp="reverse"), 4),
     "unrolled, finite_difference": (hypergrad.unrolled(hvp="finite_difference"), 3),
+    "forward_mode, 2 directions": (hypergrad.forward_mode(directions=2), 6),
     "finite_difference": (hypergrad.finite_difference(), 4),
     "finite_difference, preconditioned": (hypergrad.finite_difference(precondition="adjoint"), 4),
     "finite_difference, as in Betty": (

@@ -16,12 +16,13 @@ BOWL = Problem(lambda w, o, _: 0.5 * jnp.sum(jnp.asarray(CURVATURE) * w**2), lam
 
 
 def estimated(problem, tx, outer, hvp="linearize"):
-    estimator, batches = hypergrad.unrolled(hvp=hvp), jnp.zeros(STEPS)
+    estimator = hypergrad.forward_mode() if hvp == "forward" else hypergrad.unrolled(hvp=hvp)
+    batches = jnp.zeros(STEPS)
     start = jnp.asarray(START)
     return hypergradient(problem, estimator, start, outer, batches, jnp.zeros(()), inner_tx=tx).hypergradient
 
 
-@pytest.mark.parametrize("hvp", ["linearize", "jvp", "reverse"])
+@pytest.mark.parametrize("hvp", ["linearize", "jvp", "reverse", "forward"])
 def test_learning_rates_of_descent_in_a_bowl(x64, hvp):
     """w_k = (1 - a h)^k w_0, so that the derivative of |w_k|^2 / 2 is -k h (1 - a h)^(2k - 1) w_0^2, a weight."""
     rates = jnp.array([0.3, 0.2, 0.1])
