@@ -439,7 +439,7 @@ def test_an_estimate_leaves_its_inputs_as_they_are(name):
 
 
 def needs_steps(name):
-    return name.startswith(("unrolled", "penalty")) or name.endswith("preconditioned")
+    return name.startswith(("unrolled", "forward_mode", "penalty")) or name.endswith("preconditioned")
 
 
 @pytest.mark.parametrize("name", ALL)
