@@ -92,7 +92,8 @@ def test_a_study_that_is_no_file_or_names_no_cell(study, tmp_path):
 
 
 def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, tmp_path):
-    path, output = study(grid={"rate": [1e-3]}), tmp_path / "runs"
+    arms = {**ARMS, "vanilla": {"finetune.epochs": 80}}  # long enough to be stopped in the middle
+    path, output = study(grid={"rate": [1e-3]}, arms=arms), tmp_path / "runs"
     command = [sys.executable, "-m", "agwm_jax", "sweep", str(path), "--output", str(output), "--workers", "2"]
     options = {
         "env": {**os.environ, **QUICK},
@@ -110,6 +111,8 @@ def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, 
     assert process.returncode == 130, text
     assert "run the same command again to continue" in text
     assert "Traceback" not in text
+    assert not (metrics.parent / "result.json").exists()
+    assert "run the same command again to continue" in (metrics.parents[1] / "log.txt").read_text()
 
     done = subprocess.run(command, **options, check=False, timeout=SECONDS)
     assert done.returncode == 2, done.stdout
