@@ -6,8 +6,9 @@
 Plain fine-tuning is trained at each rate. Then its weights stay as they are, and the gate of
 `W_eff = A * W + (1 - A) * W0` alone is fitted, from A = 1, by Adam on the loss of one half of the split that is
 reported; the score is that of the other half, and the halves change places. No method may do so, since it fits on
-evaluation texts: the gain over A = 1 is more than a gate of that form can be expected to give. Other settings as of
-`agwm train`. Writes leverage.csv, a row a gate, rate and seed, and leverage.md.
+evaluation texts: the gain over A = 1 is more than a gate of that form can be expected to give. Much of it may be the
+gain of more texts, so there is a control: the weights themselves are trained on for as many steps on the same half.
+Other settings as of `agwm train`. Writes leverage.csv, a row a gate, rate and seed, and leverage.md.
 """
 
 import argparse
@@ -35,14 +36,16 @@ from agwm_jax.report.table import markdown_table
 from agwm_jax.runs.build import Prepared, build, build_setup, recipe
 from agwm_jax.runs.fitted import FittedModel
 
-GATES = {
+GATES: dict[str, Mixup | None] = {
     "one": Mixup(gate="one", noise=0),
     "layer": Mixup(gate="layer", noise=0),
     "kernel": Mixup(gate="kernel", noise=0),
     "column": Mixup(gate="column", noise=0),
     "rank 1": Mixup(rank=1),
     "rank 8": Mixup(rank=8),
+    "weights": None,
 }
+"""What is fitted; the control is the trained weights themselves, on the same texts, with A = 1."""
 
 
 def trained(config: Any, seeds: list[int]) -> list[tuple[Prepared, dict[str, np.ndarray]]]:
@@ -59,13 +62,14 @@ def trained(config: Any, seeds: list[int]) -> list[tuple[Prepared, dict[str, np.
 
 
 class Fitter:
-    """Fits a gate to trained weights, by one program for all seeds and rates."""
+    """Fits a gate to trained weights, or None these weights, by one program for all seeds and rates."""
 
-    def __init__(self, config: Any, example: Prepared, gate: Mixup, *, steps: int, rate: float, batch_size: int):
+    def __init__(self, config: Any, example: Prepared, gate: Mixup | None, *, steps: int, rate: float, batch_size: int):
         """`steps` of Adam at `rate`, decayed to 0 by a cosine, on batches of `batch_size`."""
         kind, how = example.draw.task.kind, recipe(config)
         self.setup = build_setup(how, example.pretrained, kind, seed=0, num_examples=example.train_size)
-        self.mixture, self.steps, self.batch_size = Mixture(gate, self.setup), steps, batch_size
+        self.mixture = gate and Mixture(gate, self.setup)
+        self.steps, self.batch_size = steps, batch_size
         self.tx = optax.adam(optax.cosine_decay_schedule(rate, steps))
         self.fit, self.merge = jax.jit(self._fit), jax.jit(self._merge)
 
@@ -77,25 +81,30 @@ class Fitter:
         return plan[: self.steps]
 
     def _fit(self, pretrained, task, data, rows):
-        loss = self.setup.loss(reverse_only=True)
+        loss, mixture = self.setup.loss(reverse_only=True), self.mixture
 
         def step(carry, rows):
-            alpha, state = carry
+            found, state = carry
             batch = {**{name: x[rows] for name, x in data.items()}, "weight": (rows >= 0).astype(jnp.float32)}
 
-            def of(alpha):
-                return loss(self.mixture.through(pretrained, task, self.mixture.gates(alpha)), batch)
+            def of(found):
+                if mixture is None:
+                    return loss({**pretrained, **found}, batch)
+                return loss(mixture.through(pretrained, task, mixture.gates(found)), batch)
 
-            value, gradient = jax.value_and_grad(of)(alpha)
-            updates, state = self.tx.update(gradient, state, alpha)
-            return (self.mixture.project(optax.apply_updates(alpha, updates)), state), value
+            value, gradient = jax.value_and_grad(of)(found)
+            updates, state = self.tx.update(gradient, state, found)
+            found = optax.apply_updates(found, updates)
+            return (found if mixture is None else mixture.project(found), state), value
 
-        alpha = self.mixture.init_alpha(jax.random.key(0), pretrained)
-        (alpha, _), losses = jax.lax.scan(step, (alpha, self.tx.init(alpha)), rows)
-        return alpha, losses, self.mixture.statistics(alpha)
+        found = task if mixture is None else mixture.init_alpha(jax.random.key(0), pretrained)
+        (found, _), _ = jax.lax.scan(step, (found, self.tx.init(found)), rows)
+        return found, jnp.float32(1) if mixture is None else mixture.statistics(found)["alpha_mean"]
 
-    def _merge(self, pretrained, task, alpha):
-        return self.mixture.merge(pretrained, {TASK: task, ALPHA: alpha})
+    def _merge(self, pretrained, task, found):
+        if self.mixture is None:
+            return {**pretrained, **found}
+        return self.mixture.merge(pretrained, {TASK: task, ALPHA: found})
 
 
 def score(config: Any, prepared: Prepared, params: Any, rows: np.ndarray) -> float:
@@ -119,9 +128,9 @@ def measure(config: Any, prepared: Prepared, task: Any, fitters: dict[str, Fitte
     for name, fitter in fitters.items():
         scores, gates = [], []
         for half, other in zip(halves, halves[::-1], strict=True):
-            alpha, _, facts = fitter.fit(pretrained, task, data, fitter.rows(half))
-            scores.append(score(config, prepared, fitter.merge(pretrained, task, alpha), other))
-            gates.append(float(facts["alpha_mean"]))
+            fitted, mean_gate = fitter.fit(pretrained, task, data, fitter.rows(half))
+            scores.append(score(config, prepared, fitter.merge(pretrained, task, fitted), other))
+            gates.append(float(mean_gate))
         mean = statistics.fmean(scores)
         found[name] = {"score": mean, "gain": mean - statistics.fmean(plain), "mean_gate": statistics.fmean(gates)}
     return found
@@ -137,6 +146,7 @@ def main() -> int:
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--steps", type=int, default=100, help="of Adam, for a gate")
     parser.add_argument("--gate-rate", type=float, default=0.03, help="learning rate of a gate")
+    parser.add_argument("--control-rate", type=float, default=1e-4, help="learning rate of the control `weights`")
     parser.add_argument("--gate-batch", type=int, default=64)
     arguments, settings = parser.parse_known_args()
     rows: list[dict[str, Any]] = []
@@ -152,7 +162,7 @@ def main() -> int:
                         prepared,
                         GATES[name],
                         steps=arguments.steps,
-                        rate=arguments.gate_rate,
+                        rate=arguments.gate_rate if GATES[name] else arguments.control_rate,
                         batch_size=arguments.gate_batch,
                     )
                     for name in arguments.gates

@@ -123,16 +123,32 @@ def test_the_room_of_a_gate(experiments, monkeypatch, tmp_path):
     config = tmp_path / "task.yaml"
     config.write_text("task: {source: agreement}\n")
     own = ["--config", str(config), "--output", str(tmp_path / "out"), "--rates", "0.3", "--seeds", "0", "1"]
-    fitting = ["--gates", "one", "kernel", "--steps", "60", "--gate-rate", "0.1", "--gate-batch", "16"]
+    fitting = [
+        "--gates",
+        "one",
+        "kernel",
+        "weights",
+        "--control-rate",
+        "0",
+        "--steps",
+        "60",
+        "--gate-rate",
+        "0.1",
+        "--gate-batch",
+        "16",
+    ]
     monkeypatch.setattr("sys.argv", ["leverage", *own, *fitting, *typed])
     assert leverage.main() == 0
     with (tmp_path / "out" / "leverage.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["seed"], row["gate"]) for row in rows] == [(s, g) for s in "01" for g in ("A = 1", "one", "kernel")]
+    assert [(row["seed"], row["gate"]) for row in rows] == [
+        (s, g) for s in "01" for g in ("A = 1", "one", "kernel", "weights")
+    ]
     for row in rows:
         moved = float(row["mean_gate"])
-        assert moved == 1 if row["gate"] == "A = 1" else 0 <= moved <= 1
+        assert moved == 1 if row["gate"] in ("A = 1", "weights") else 0 <= moved <= 1
         base = next(float(r["score"]) for r in rows if (r["seed"], r["gate"]) == (row["seed"], "A = 1"))
         assert float(row["gain"]) == pytest.approx(float(row["score"]) - base, abs=1e-4)
+        assert row["gate"] != "weights" or float(row["gain"]) == 0  # trained at a rate of 0 they are what they were
     assert sum(float(row["mean_gate"]) for row in rows) / len(rows) < 0.9
-    assert "| A = 1 | one | kernel |" in (tmp_path / "out" / "leverage.md").read_text()
+    assert "| A = 1 | one | kernel | weights |" in (tmp_path / "out" / "leverage.md").read_text()
