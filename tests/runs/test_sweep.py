@@ -66,6 +66,14 @@ def test_every_arm_at_every_point_with_all_seeds(study):
     assert kept.words[-2:] == ("--run.compilation_cache", "of-agreement")
 
 
+def test_the_plan_of_the_study_is_one_that_can_be_run(request):
+    cells = planned(request.config.rootpath / "docs" / "study" / "gate.yaml")
+    assert len(cells) == 3 * 3 * 10
+    controls = {cell.arm: cell.control for cell in cells}
+    assert controls["agwm"] == "restart"
+    assert controls["agwm_after_one"] == "soup"
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
