@@ -30,6 +30,7 @@ Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)]
 Settings = dict[str, Any]
 TABLE, LOG = "results.parquet", "log.txt"
 _NAME = r"^[\w.+-]+$"  # of a folder
+_COLUMNS = ("task", "arm", "control", "seed", "tuning", "metric", "reported", "seconds", "device", "commit")
 
 
 class Study(Section):
@@ -43,7 +44,8 @@ class Study(Section):
     )
     settings: Settings = Field(default={}, description="of all runs, by dotted path")
     arms: dict[Annotated[str, Field(pattern=_NAME)], Settings] = Field(
-        min_length=1, description="what is compared: settings by name, before those of all runs"
+        min_length=1,
+        description="what is compared: settings by name, over those of all runs; an arm without a method is one",
     )
     grid: dict[Annotated[str, Field(pattern=r"^[a-z]\w*$")], list[Any]] = Field(
         default={}, description="values of each variable; all combinations are run"
@@ -57,9 +59,11 @@ class Study(Section):
     @model_validator(mode="after")
     def _fits_together(self):
         unknown = next((n for pair in self.controls.items() for n in pair if n not in self.arms), None)
+        taken = next((name for name in self.grid if name in _COLUMNS), None)
         twice = len({*self.seeds, *self.tuning_seeds}) < len(self.seeds) + len(self.tuning_seeds)
         refuse(
             (unknown is not None, f"controls: {unknown} is no arm{did_you_mean(unknown, self.arms)}"),
+            (taken is not None, f"grid: {taken} is a column of the table of results; call the variable something else"),
             (twice, "seeds, tuning_seeds: one is given twice; what chooses a point must not be scored at it"),
         )
         return self

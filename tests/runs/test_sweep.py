@@ -80,6 +80,7 @@ def test_the_plan_of_the_study_is_one_that_can_be_run(request):
         ({"arm": {}}, r"study.yaml: no study\n  arm: .* did you mean arms\?"),
         ({"seeds": []}, "seeds: "),
         ({"tuning_seeds": [1]}, "one is given twice"),
+        ({"grid": {"seed": [1, 2]}}, "grid: seed is a column of the table of results"),
         ({"arms": {"vanilla": {"finetune.epochs": "${rat}"}}}, r"arm vanilla: \$\{rat\} is no variable .* mean rate\?"),
         ({"arms": {"vanilla": {"finetune.epoch": 2}}}, r"finetune.epoch: .* did you mean finetune.epochs\?"),
         ({"arms": {"a/b": {}}}, "arms"),
