@@ -45,7 +45,8 @@ class Study(Section):
     settings: Settings = Field(default={}, description="of all runs, by dotted path")
     arms: dict[Annotated[str, Field(pattern=_NAME)], Settings] = Field(
         min_length=1,
-        description="what is compared: settings by name, over those of all runs; an arm without a method is one",
+        description="what is compared: settings by name, which go over those of all runs; the method is the arm's own "
+        "name where none is given",
     )
     grid: dict[Annotated[str, Field(pattern=r"^[a-z]\w*$")], list[Any]] = Field(
         default={}, description="values of each variable; all combinations are run"
