@@ -217,7 +217,7 @@ def _warn_of_learning(results: list[dict[str, Any]]) -> None:
         hit = {r["seed"]: w["message"] for r in results for w in r.get("warnings", []) if w["name"] == name}
         if hit:
             seeds = f"seeds {', '.join(map(str, hit))}, the first: " if len(results) > 1 else ""
-            warnings.warn(f"{seeds}{next(iter(hit.values()))}", stacklevel=1)
+            print(f"agwm: warning: {seeds}{next(iter(hit.values()))}", file=sys.stderr)
 
 
 def _sweep(parsed: argparse.Namespace, overrides: list[str]) -> int:
