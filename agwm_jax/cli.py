@@ -221,20 +221,21 @@ def _warn_of_learning(results: list[dict[str, Any]]) -> None:
 
 
 def _sweep(parsed: argparse.Namespace, overrides: list[str]) -> int:
-    from agwm_jax.runs.sweep import TABLE, plan, read_study, sweep
+    from agwm_jax.runs.sweep import TABLE, plan, read_study, select, sweep
 
     if parsed.workers < 1:
         raise AgwmError(f"--workers: got {parsed.workers}; allowed: 1 or more")
-    cells = plan(read_study(parsed.study), parsed.study.parent, overrides, parsed.only)
+    cells = plan(read_study(parsed.study), parsed.study.parent, overrides)
+    chosen = select(cells, parsed.only)
     if parsed.dry_run:
-        print("\n".join([*(cell.name for cell in cells), f"{len(cells)} cells of {len(cells[0].seeds)} seeds"]))
+        print("\n".join([*(cell.name for cell in chosen), f"{len(chosen)} cells of {len(cells[0].seeds)} seeds"]))
         return OK
-    failures = sweep(cells, parsed.output, workers=parsed.workers)
+    failures = sweep(cells, parsed.output, only=parsed.only, workers=parsed.workers)
     print(f"results: {parsed.output / TABLE}")
     if not failures:
         return OK
     listed = "".join(f"\n  {failure.cell.name} (exit code {failure.code}): {failure.log}" for failure in failures)
-    raise AgwmError(f"{len(failures)} of {len(cells)} cells failed; the same command tries them again:{listed}")
+    raise AgwmError(f"{len(failures)} of {len(chosen)} cells failed; the same command tries them again:{listed}")
 
 
 def _connect(parsed: argparse.Namespace) -> None:

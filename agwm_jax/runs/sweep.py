@@ -22,8 +22,9 @@ from pydantic import Field, Strict, ValidationError, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agwm_jax.errors import AgwmError, did_you_mean
+from agwm_jax.runs import folder as run_folder
 from agwm_jax.section import Section, refuse
-from agwm_jax.settings import load_config, strict_yaml
+from agwm_jax.settings import Config, load_config, strict_yaml
 from agwm_jax.settings.words import faults
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)]
@@ -126,23 +127,17 @@ def read_study(path: Path) -> Study:
         raise AgwmError("\n  ".join([f"{path}: no study", *found])) from None
 
 
-def plan(study: Study, folder: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Cell]:
+def plan(study: Study, folder: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     """All cells, in the order of the file: tasks, then grid, then arms; each one's settings are checked.
 
     Args:
         study: what is run.
         folder: that the tasks' config files are relative to.
         overrides: settings of all runs, as `agwm train` takes them; they too may hold ``${task}``.
-        only: patterns such as ``stsb/vanilla/*`` of the cells that are kept; all if empty.
 
     Raises:
-        AgwmError: a setting that does not exist, an unknown variable, no cell left.
+        AgwmError: a setting that does not exist, an unknown variable.
     """
-    seeds = (*study.seeds, *study.tuning_seeds)
-    if len(set(seeds)) < len(seeds):
-        raise AgwmError(
-            "seeds: one is given twice; tuning_seeds must be others than seeds, or they choose what they score"
-        )
     cells = []
     for task, values in itertools.product(study.tasks, itertools.product(*study.grid.values())):
         point = dict(zip(study.grid, values, strict=True))
@@ -152,11 +147,25 @@ def plan(study: Study, folder: Path, overrides: Sequence[str] = (), only: Sequen
             words += [_filled(word, task, point, arm) for word in overrides]
             config = ("--config", str(folder / study.tasks[task]))
             cells.append(Cell(task, arm, point, (*config, *words), study.seeds, study.tuning_seeds, study.control(arm)))
+    for cell in cells:
+        _config(cell)
+    return cells
+
+
+def _config(cell: Cell) -> Config:
+    _, file, *words = cell.words
+    return load_config(file, words)
+
+
+def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that one of the patterns names, such as ``stsb/vanilla/*``; all without patterns.
+
+    Raises:
+        AgwmError: there are none.
+    """
     kept = [cell for cell in cells if not only or any(fnmatch(cell.name, pattern) for pattern in only)]
     if not kept:
         raise AgwmError(f"--only {' '.join(only)}: no cell of the {len(cells)} is so named, such as {cells[0].name}")
-    for cell in kept:
-        load_config(cell.words[1], cell.words[2:])
     return kept
 
 
@@ -172,25 +181,36 @@ def _filled(value: Any, task: str, point: Mapping[str, Any], arm: str) -> str:
     return template.safe_substitute(known)
 
 
-def sweep(cells: Sequence[Cell], output: Path, *, workers: int = 1, quiet: bool = False) -> list[Failure]:
+def sweep(cells: Sequence[Cell], output: Path, *, only: Sequence[str] = (), workers: int = 1) -> list[Failure]:
     """Run what is not finished, `workers` processes at once; those that failed. A failure does not stop the others.
 
-    Writes ``output/results.parquet`` after every cell, and each process's text to ``log.txt`` of the cell's folder.
-    Several workers on one accelerator share its memory evenly, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    Writes ``output/results.parquet`` of all cells after every cell, and each process's text to ``log.txt`` of the
+    cell's folder. Several workers on one accelerator share its memory evenly, unless XLA_PYTHON_CLIENT_MEM_FRACTION
+    says otherwise.
+
+    Args:
+        cells: the whole plan.
+        output: folder of their folders.
+        only: see `select`.
+        workers: processes at once.
 
     Raises:
+        AgwmError: `only` names no cell, or `output` holds runs of a plan with other settings.
         KeyboardInterrupt: on SIGINT or SIGTERM, after the processes that were running have saved their state.
     """
-    left = [cell for cell in cells if not _is_finished(cell, output)]
+    wanted = select(cells, only)
+    for cell in cells:
+        _refuse_other_settings(cell, output)
+    left = [cell for cell in wanted if not _is_finished(cell, output)]
     failures: list[Failure] = []
     processes = _Processes()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
-        Progress(*columns, TextColumn("left"), TimeRemainingColumn(), disable=quiet) as progress,
+        Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as progress,
         ThreadPoolExecutor(workers) as pool,
         _terminated_as_interrupted(),
     ):
-        bar = progress.add_task("cells", total=len(cells), completed=len(cells) - len(left))
+        bar = progress.add_task("cells", total=len(wanted), completed=len(wanted) - len(left))
         running = {pool.submit(_run, cell, output, workers, processes): cell for cell in left}
         try:
             for done in as_completed(running):
@@ -258,6 +278,16 @@ def _run(cell: Cell, output: Path, workers: int, processes: _Processes) -> int:
     command = [sys.executable, "-m", "agwm_jax", "train", *cell.words, "--output", str(folder), "--seeds", seeds]
     with (folder / LOG).open("w") as log:
         return processes.run(command, stdout=log, stderr=log, env=environment)
+
+
+def _refuse_other_settings(cell: Cell, output: Path) -> None:
+    """A study that was edited must not report the runs of what it was."""
+    for seed in cell.seeds:
+        folder = output / cell.name / f"seed-{seed}"
+        if (folder / "config.yaml").exists():  # one seed speaks for all of a cell: they differ in nothing else
+            config = _config(cell)
+            run_folder.check(folder, config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})}))
+            return
 
 
 def _is_finished(cell: Cell, output: Path) -> bool:

@@ -12,7 +12,7 @@ import yaml
 from tiny import QUICK, SETTINGS
 
 from agwm_jax import AgwmError
-from agwm_jax.runs.sweep import plan, read_study, rows
+from agwm_jax.runs.sweep import plan, read_study, rows, select
 
 SECONDS = 600
 ARMS = {
@@ -49,8 +49,8 @@ def study(tmp_path, tiny_checkpoint):
     return write
 
 
-def planned(path, *overrides, only=()):
-    return plan(read_study(path), path.parent, overrides, only)
+def planned(path, *overrides):
+    return plan(read_study(path), path.parent, overrides)
 
 
 def test_every_arm_at_every_point_with_all_seeds(study):
@@ -61,7 +61,7 @@ def test_every_arm_at_every_point_with_all_seeds(study):
     words = cells[-1].words
     assert words[words.index("--finetune.optimizer.learning_rate") + 1] == "0.01"
     assert words[words.index("--method.gate") + 1] == "0.5"
-    (kept,) = planned(study(), "--run.compilation_cache", "of-${task}", only=["*/half/*=0.001"])
+    (kept,) = select(planned(study(), "--run.compilation_cache", "of-${task}"), ["*/half/*=0.001"])
     assert kept.name == "agreement/half/rate=0.001"
     assert kept.words[-2:] == ("--run.compilation_cache", "of-agreement")
 
@@ -97,7 +97,7 @@ def test_a_study_that_is_no_file_or_names_no_cell(study, tmp_path):
     with pytest.raises(AgwmError, match=r"none.yaml: No such file"):
         read_study(tmp_path / "none.yaml")
     with pytest.raises(AgwmError, match=r"--only x/\*: no cell of the 6 is so named, such as agreement/vanilla"):
-        planned(study(), only=["x/*"])
+        select(planned(study()), ["x/*"])
 
 
 def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, tmp_path):
@@ -147,3 +147,9 @@ def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, 
     again = subprocess.run([*command, "--only", "*/half/*"], **options, check=False, timeout=SECONDS)
     assert again.returncode == 0, again.stdout
     assert (output / "agreement" / "half" / "rate=0.001" / "log.txt").stat().st_mtime_ns == finished
+    assert pq.read_table(output / "results.parquet").to_pylist() == table  # of all cells, not of that one alone
+
+    study(grid={"rate": [1e-3]}, arms={**arms, "half": {**ARMS["half"], "finetune.epochs": 1}})
+    edited = subprocess.run(command, **options, check=False, timeout=SECONDS)
+    assert edited.returncode == 2, edited.stdout
+    assert "holds a run of another config (finetune.epochs" in edited.stdout
