@@ -8,6 +8,8 @@ import numpy as np
 
 from agwm_jax.report.gates import Gates
 
+PHASE = "leverage"
+"""Its name in the records; it reads, and trains nothing."""
 MOVED = 0.01  # a mean change of A below it is that of its random start
 MATTERS = 0.01  # share of the loss, below which a difference is called none
 
@@ -39,7 +41,7 @@ def leverage(gates: Gates, start: float, records: Sequence[Sequence[Mapping[str,
         start: where A started.
         records: metrics of every run.
     """
-    last = [own[-1] for run in records if (own := [record for record in run if record["phase"] == "leverage"])]
+    last = [own[-1] for run in records if (own := [record for record in run if record["phase"] == PHASE])]
     splits = any(str(record["phase"]) == "search-1" for run in records for record in run)
     centres = (np.arange(len(gates.counts)) + 0.5) / len(gates.counts)
     travelled = float(np.average(abs(centres - start), weights=gates.counts))

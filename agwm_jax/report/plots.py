@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from agwm_jax.report.comparisons import Comparison
+from agwm_jax.report.leverage import PHASE
 from agwm_jax.report.runs import phase_kind
 from agwm_jax.report.style import Look
 from agwm_jax.report.table import summarize
@@ -143,10 +144,10 @@ def draw_curves(axes: "Axes", panel: Panel, records: Records, looks: Mapping[str
 
 
 def panels_with_data(records: Records) -> list[Panel]:
-    """The panels for which at least one run wrote something; losses first, what most methods train last."""
+    """The panels of what was trained, and written by one run or more; losses first, what most methods train last."""
     runs = [run for members in records.values() for run in members]
     kinds = dict.fromkeys(phase_kind(record["phase"]) for run in runs for record in run)
-    panels = [Panel(kind, key) for kind in kinds for key in _TITLES]
+    panels = [Panel(kind, key) for kind in kinds if kind != PHASE for key in _TITLES]
     found = [panel for panel in panels if any(_curves(run, panel) for run in runs)]
 
     def order(panel: Panel) -> tuple[bool, int]:

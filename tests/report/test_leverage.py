@@ -7,6 +7,7 @@ import pytest
 
 from agwm_jax.report.gates import BINS, Gates
 from agwm_jax.report.leverage import leverage, row, verdict
+from agwm_jax.report.plots import panels_with_data
 
 
 def gates_at(value):
@@ -47,3 +48,9 @@ def test_how_far_a_moved_and_what_is_at_a_bound():
     assert found.at_a_bound == 0
     assert math.isnan(found.agreement)  # one split has nothing to agree with
     assert leverage(gates_at(1.0), 1.0, records(1, 1, 1)).at_a_bound == 1
+
+
+def test_reading_is_no_learning_curve():
+    """Nothing is trained in it: a panel of its losses would take the place of one of training."""
+    steps = [{"phase": phase, "step": 0, "loss": 1.0} for phase in ("search-0", "leverage", "finetune")]
+    assert [panel.phase for panel in panels_with_data({"agwm": [steps]})] == ["search", "finetune"]

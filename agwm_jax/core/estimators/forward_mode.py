@@ -56,11 +56,11 @@ def forward_mode(*, directions: int | None = None, limit: int = 32, seed: int = 
                 "for an estimate by random ones, take unrolled, or raise limit."
             )
         if directions is None:
-            rows = jnp.eye(count, dtype=flat.dtype)
-            state_after = state
+            rows = weights = jnp.eye(count, dtype=flat.dtype)
         else:
             key = jax.random.fold_in(jax.random.key(seed), state)
-            rows, state_after = jax.random.rademacher(key, (count, flat.size), flat.dtype), state + 1
+            rows, state = jax.random.rademacher(key, (count, flat.size), flat.dtype), state + 1
+            weights = rows / count
         along = jax.vmap(unravel)(rows)
 
         def step(carry, batch):
@@ -84,8 +84,8 @@ def forward_mode(*, directions: int | None = None, limit: int = 32, seed: int = 
         (inner, tangents), losses = jax.lax.scan(step, (inner, tangents), inner_batches)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(inner.params, outer, outer_batch)
         response = jax.vmap(lambda dw: optax.tree.vdot(v, dw))(tangents.params).astype(flat.dtype)
-        through = unravel(response @ rows / (1 if directions is None else count))
+        through = unravel(response @ weights)
         info = {"inner_loss": jnp.mean(losses), "outer_loss": value}
-        return Estimate(optax.tree.add(direct, through), inner, state_after, info)
+        return Estimate(optax.tree.add(direct, through), inner, state, info)
 
     return Estimator(init, estimate, forward_mode=True, through_optimizer=True)
