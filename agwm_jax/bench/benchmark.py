@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from agwm_jax.bench.timing import Compiled, Program, compile_twice, free_bytes, measure, say
+from agwm_jax.errors import AgwmError
 from agwm_jax.report.table import markdown_table
 
 PLAIN, MATRIX = "plain step", "matrix product"
@@ -32,12 +33,18 @@ def time_alone(
     rounds: int,
     costs: Costs,
 ) -> tuple[list[dict[str, Any]], dict[str, Compiled]]:
-    """One row a program of one seed, all timed in turn with `others`; and what was compiled."""
+    """One row a program of one seed, all timed in turn with `others`; and what was compiled.
+
+    Raises:
+        AgwmError: the plain step, which all are held against, does not fit the device.
+    """
     compiled = {}
     for name, program in found.items():
         compiled[name] = compile_twice(program)
         say(f"compiled {name} in {compiled[name].compile_seconds:.1f} s")
     lacking = {name: _lacking(each) for name, each in compiled.items()}
+    if lacking[PLAIN]:
+        raise AgwmError(f"{PLAIN}: {lacking[PLAIN]}; take a smaller --batch or --length.")
     fitting = {name: each for name, each in compiled.items() if lacking[name] is None}
     starts = {name: partial(found[name].start, found[name].state) for name in fitting}
     seconds = measure(fitting, starts, {**others, MATRIX: costs.product}, rounds)

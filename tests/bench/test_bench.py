@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from agwm_jax import AgwmError, hypergrad, linear_solve, load_config
+from agwm_jax.bench.benchmark import PLAIN, Costs, time_alone
+from agwm_jax.bench.benchmark import markdown as markdown_page
 from agwm_jax.bench.figures import write_figures, write_markdown
 from agwm_jax.bench.hypergradients import Compared, Preset, model_rows
-from agwm_jax.bench.programs import shape
+from agwm_jax.bench.programs import TimedStep, programs, shape
 from agwm_jax.bench.scaling import markdown, rows
 from agwm_jax.bench.search import read_setting
+from agwm_jax.bench.timing import compile_twice
 from agwm_jax.models.family import Options
+from agwm_jax.runs.build import build
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "runs"))
@@ -50,6 +54,23 @@ def test_a_benchmark_writes_its_rows(experiments, monkeypatch, tmp_path):
         assert row["program"] in table
     assert [result["rows"][0][name] for name in ("ratio", "fb", "bytes_ratio")] == [1, pytest.approx(1, rel=0.02), 1]
     assert "plain products (the device is no CUDA device" in result["attention"]
+
+
+def test_what_does_not_fit_is_left_out_and_said(monkeypatch):
+    of = shape("bert", 2, 16, 2, 32, batch=2, length=8)
+    steps = {PLAIN: TimedStep({"name": "vanilla"}, "finetune", 1), "larger": TimedStep({"name": "agwm"}, "finetune", 1)}
+    found, costs = programs(of, Options(), steps), Costs(of.pass_flops, lambda: None, 1)
+    needs = {name: compile_twice(program).bytes for name, program in found.items()}
+    assert needs[PLAIN] < needs["larger"]
+    monkeypatch.setattr("agwm_jax.bench.benchmark.free_bytes", lambda: float(needs[PLAIN]))
+    rows, _ = time_alone(found, {}, 1, costs)
+    by = {row["program"]: row for row in rows}
+    assert by[PLAIN]["ratio"] == 1
+    assert by["larger"]["lacking"].startswith("not run: it takes 0.")
+    assert "not run: it takes" in markdown_page({"setting": "s", "attention": "a", "rows": rows, "seeds": []})
+    monkeypatch.setattr("agwm_jax.bench.benchmark.free_bytes", lambda: 0.0)
+    with pytest.raises(AgwmError, match=r"plain step: not run: it takes .* take a smaller --batch"):
+        time_alone(found, {}, 1, costs)
 
 
 def test_options_of_a_benchmark(experiments, monkeypatch):
@@ -152,3 +173,33 @@ def test_the_room_of_a_gate(experiments, monkeypatch, tmp_path):
         assert row["gate"] != "weights" or float(row["gain"]) == 0  # trained at a rate of 0 they are what they were
     assert sum(float(row["mean_gate"]) for row in rows) / len(rows) < 0.9
     assert "| A = 1 | one | kernel | weights |" in (tmp_path / "out" / "leverage.md").read_text()
+
+
+def test_a_gate_is_scored_on_texts_that_it_was_not_fitted_on(experiments, monkeypatch, tmp_path):
+    import leverage
+
+    fitted, scored = [], []
+
+    class Recorded:
+        def rows(self, half):
+            fitted.append({*half.tolist()})
+            return half
+
+        def fit(self, pretrained, task, data, rows):
+            return task, 1.0
+
+        def merge(self, pretrained, task, found):
+            return task
+
+    def score(config, prepared, params, rows):
+        scored.append({*rows.tolist()})
+        return 1.0
+
+    monkeypatch.setattr(leverage, "score", score)
+    settings = {**SETTINGS, "model": write_checkpoint(tmp_path), "output": tmp_path / "run"}
+    (prepared,) = build(load_config(None, words(settings, "vanilla")))
+    leverage.measure(None, prepared, {}, {"gate": Recorded()})
+    plain, gated = scored[:2], scored[2:]
+    assert sorted(map(len, plain)) == sorted(map(len, gated)) == sorted(map(len, fitted))
+    assert [one & other for one, other in zip(fitted, gated, strict=True)] == [set(), set()]
+    assert plain[0] | plain[1] == fitted[0] | gated[0] == set(range(len(prepared.draw.encoded["test"]["labels"])))

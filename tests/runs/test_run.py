@@ -13,6 +13,7 @@ from short_settings import options
 from tiny import words
 
 from agwm_jax.cli import main
+from agwm_jax.engine.checkpoint import Checkpoints
 from agwm_jax.errors import AgwmError, Diverged
 from agwm_jax.methods.interface import METHODS
 from agwm_jax.models.huggingface import load_pretrained
@@ -293,3 +294,19 @@ def test_weights_that_are_not_kept_are_missed_in_a_sentence(configure):
     assert {name.split("/")[0] for name in names} == {"alpha"}, "for the report"
     with pytest.raises(AgwmError, match=r"made with run\.save_weights false"):
         evaluate(folder_of(config))
+
+
+@pytest.mark.parametrize("minutes", ["null", 0])
+def test_checkpoints_are_written_unless_there_shall_be_none(configure, monkeypatch, minutes):
+    saved = []
+    save = Checkpoints.save
+
+    def noted(self, step, *rest):
+        saved.append(step)
+        save(self, step, *rest)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    config = configure("vanilla", {"run.checkpoint_minutes": minutes})
+    assert np.isfinite(train(config, progress=False)["score"])
+    assert bool(saved) == (minutes == 0)
+    assert not (folder_of(config) / "checkpoints").exists()
