@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from agwm_jax.models.functional import functionalize
     from agwm_jax.models.huggingface import load_pretrained, save_pretrained
     from agwm_jax.runs.finished import evaluate, export, predict
+    from agwm_jax.runs.fitted import load_exported
     from agwm_jax.runs.fitting import fit
     from agwm_jax.runs.run import train
+    from agwm_jax.selection.compare import Comparison, compare
     from agwm_jax.settings import load_config
 
 _HOME = {
@@ -48,15 +50,17 @@ _HOME = {
     "metrics": "METRICS",
     "settings": "load_config",
     "runs.finished": "evaluate export predict",
+    "runs.fitted": "load_exported",
     "runs.fitting": "fit",
     "runs.run": "train",
+    "selection.compare": "Comparison compare",
 }
 """Which module gives which public names."""
 
 _MODULES = {"hypergrad": "hypergrad", "linear_solve": "linear_solve", "trees": "core.trees"}
 _NAMES = {name: module for module, names in _HOME.items() for name in names.split()}
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 __all__ = sorted([*_NAMES, *_MODULES])
 
 

@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str]) -> int:
     if parsed.command is None:
         parser.print_help()
         return OK
-    if rest and parsed.command not in ("train", "sweep"):
+    if rest and parsed.command not in ("train", "sweep", "compare"):
         commands[parsed.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return globals()[f"_{parsed.command}"](parsed, rest)
 
@@ -126,6 +126,38 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     train.add_argument("--num-processes", type=int)
     train.add_argument("--process-id", type=int)
     train.add_argument("-h", "--help", action="store_true")
+
+    compare = group.add_parser(
+        "compare",
+        help="find the method for one labelled file, and train it",
+        description="Cross-validate a few methods on one labelled file, recommend one, train it on all of the file. "
+        "The same command goes on where it was stopped. Settings given as of `agwm train` hold for all methods, "
+        "--NAME.setting for the method of that name.",
+        **options,
+    )
+    compare.add_argument("file", metavar="FILE", type=Path, help="labelled texts: .csv, .tsv, .jsonl or .parquet")
+    compare.add_argument(
+        "--encoder", default="minilm", help="pretrained model: a folder, or a hub id (default: minilm)"
+    )
+    compare.add_argument(
+        "--text", nargs="+", default=[], metavar="COLUMN", help="text column, or two (default: guessed)"
+    )
+    compare.add_argument("--label", metavar="COLUMN", help="label column (default: guessed)")
+    compare.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one fold")
+    compare.add_argument(
+        "--test", type=Path, metavar="FILE", help="labelled file that the final model is scored on once"
+    )
+    compare.add_argument("--methods", nargs="+", metavar="NAME", help="default: probe vanilla lp_ft agwm")
+    compare.add_argument("--all", action="store_true", help="all methods; takes hours")
+    compare.add_argument("--folds", type=int, default=5, help="of the cross-validation (default: 5)")
+    compare.add_argument(
+        "--budget",
+        metavar="TIME",
+        default="10min",
+        help="about how long: 90s, 10min, 2h, none; fewer folds, rates and methods where it is short (default: 10min)",
+    )
+    compare.add_argument("--separator", default=",", help="between the fields of a .csv file (default: a comma)")
+    compare.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
 
     sweep = group.add_parser(
         "sweep",
@@ -153,7 +185,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict = group.add_parser("predict", help="label the texts of a file", **options)
     export = group.add_parser("export", help="write a Hugging Face folder with what was learnt merged in", **options)
     for command in (evaluate, predict, export):
-        command.add_argument("run", metavar="RUN", type=Path, help="run folder")
+        command.add_argument("run", metavar="RUN", type=Path, help="run folder (predict: or an exported model)")
         command.add_argument("--model", metavar="PATH", help="where the pretrained model is now, if it has moved")
     evaluate.add_argument("--split", help="split of the run's task (default: the one its result reports)")
     evaluate.add_argument("--file", type=Path, help="labelled file with the columns of the task, instead of a split")
@@ -218,6 +250,33 @@ def _warn_of_learning(results: list[dict[str, Any]]) -> None:
         if hit:
             seeds = f"seeds {', '.join(map(str, hit))}, the first: " if len(results) > 1 else ""
             print(f"agwm: warning: {seeds}{next(iter(hit.values()))}", file=sys.stderr)
+
+
+def _compare(parsed: argparse.Namespace, settings: list[str]) -> int:
+    from agwm_jax.selection.trials import METHODS_TRIED, all_methods, seconds_of
+
+    if parsed.all and parsed.methods:
+        raise AgwmError("--all and --methods exclude each other: try all, or those that are named")
+    budget = None if parsed.budget == "none" else seconds_of(parsed.budget)
+    from agwm_jax.selection.compare import MODEL, compare
+
+    compare(
+        parsed.file,
+        parsed.encoder,
+        output=parsed.output,
+        text=parsed.text,
+        label=parsed.label,
+        group=parsed.group,
+        test=parsed.test,
+        methods=all_methods() if parsed.all else parsed.methods or METHODS_TRIED,
+        folds=parsed.folds,
+        budget=budget,
+        separator=parsed.separator,
+        settings=settings,
+    )
+    print(f"report: {parsed.output / 'report.html'}")
+    print(f"label texts: agwm predict {parsed.output / MODEL} TEXTS.csv LABELLED.csv")
+    return OK
 
 
 def _sweep(parsed: argparse.Namespace, overrides: list[str]) -> int:

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 from agwm_jax import METHODS, AgwmError, load_config
-from agwm_jax.bench.methods import counted, markdown, plain_step, rates, read_row, write_figure
+from agwm_jax.bench.methods import counted, markdown, plain_step, read_row, write_figure
 from agwm_jax.runs.build import build
 from agwm_jax.runs.compare import compare
+from agwm_jax.selection.trials import rates
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TASKS = ("stsb", "ag_news")

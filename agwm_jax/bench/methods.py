@@ -11,16 +11,13 @@ import jax.numpy as jnp
 
 from agwm_jax.core.cost import matmul_flops
 from agwm_jax.engine.batches import step_batches
-from agwm_jax.methods.interface import METHODS, Context
+from agwm_jax.methods.interface import Context
 from agwm_jax.report.style import headline, save
 from agwm_jax.runs.build import Prepared, build, build_setup, recipe
 from agwm_jax.settings import load_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BASE_RATE = 2e-5
-"""The default of `finetune.optimizer`; a factor multiplies it, and each method's own rate alike."""
 
 
 class Row(NamedTuple):
@@ -37,18 +34,6 @@ class Row(NamedTuple):
     """A seed, without compiling; where seeds went side by side the share of one."""
     gigabytes: float
     """Peak of the process that trained all seeds."""
-
-
-def rates(method: str, factor: float) -> list[str]:
-    """Overrides that multiply every learning rate of model weights by a factor."""
-    fields = METHODS[method].value.model_fields
-    words = ["--finetune.optimizer.learning_rate", repr(BASE_RATE * factor)]
-    if "learning_rate" in fields:
-        words += [f"--{method}.learning_rate", repr(fields["learning_rate"].default * factor)]
-    first = {"search": "search.inner", "first": "first.optimizer"}
-    for name in first.keys() & fields.keys():
-        words += [f"--{method}.{first[name]}.learning_rate", repr(BASE_RATE * factor)]
-    return words
 
 
 def counted(prepared: Prepared, unit: float) -> float:

@@ -1,15 +1,16 @@
 """From texts to padded arrays of token ids: every split at one length, which no draw changes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 from jaxtyping import Int
 
+from agwm_jax.data.draws import Rows, drawn
 from agwm_jax.data.hub import quietly
-from agwm_jax.data.tasks import LabelScale, Task, draw_rows, label_scale, low_resource
+from agwm_jax.data.tasks import LabelScale, Task, label_scale
 from agwm_jax.errors import AgwmError
 
 MULTIPLE = 8  # lengths are rounded up to it: few distinct shapes to compile, and aligned ones
@@ -183,7 +184,7 @@ def encode_draws(
     tokenizer: Any,
     *,
     seeds: Sequence[int],
-    train_size: int | None = None,
+    rows: Callable[[Task, int], Rows] | None = None,
     max_length: int = 128,
     pad_to: str | float = "longest",
     inputs: Sequence[str] = (),
@@ -191,41 +192,36 @@ def encode_draws(
     """The draws of a task by several seeds, tokenised at lengths that do not depend on which seeds there are.
 
     Training texts are padded to the length that `pad_to` gives for *all* training texts, before any draw. All other
-    splits share the length of the longest of their texts, and of the texts that a development split is drawn from: one
+    splits share the length of the longest of their texts, and of the texts that a scored split is drawn from: one
     compiled evaluation serves them all, and only max_length ever cuts an example that is scored.
 
     Args:
       whole: the task before any draw; each split is tokenised once.
       seeds: one draw each.
-      train_size: see `low_resource`; None trains on everything.
+      rows: of the training split by seed, such as `low_resource_rows` and `fold_rows`; None trains on everything.
       max_length, pad_to, inputs: see `encode`.
 
     Raises:
-      AgwmError: see `encode` and `low_resource`.
+      AgwmError: see `encode` and `rows`.
     """
     tokens = {name: _checked(split, tokenizer, inputs, max_length) for name, split in whole.splits.items()}
+    parts = [{} if rows is None else rows(whole, seed) for seed in seeds]
     pool = tokens.pop("train")
     length = _length(pool.lengths, max_length=max_length, pad_to=pad_to)
-    scored = [each.lengths for each in tokens.values()] + ([] if train_size is None else [pool.lengths])
+    scored = [each.lengths for each in tokens.values()] + ([pool.lengths] if any(parts) else [])
     scored_length = _length(np.concatenate(scored), max_length=max_length) if scored else length
     shared = {name: _pad(each, scored_length) for name, each in tokens.items()}
-    if train_size is None:
+    if not all(parts):
         shared["train"] = _pad(pool, length)
 
     draws = []
-    for seed in seeds:
-        task, padded = whole, shared
-        if train_size is not None:
-            task = low_resource(whole, train_size=train_size, seed=seed)
-            train, development = draw_rows(len(pool.lengths), train_size=train_size, seed=seed)
-            padded = shared | {
-                "train": _pad(pool, length, train),
-                "development": _pad(pool, scored_length, development),
-            }
+    for seed, part in zip(seeds, parts, strict=True):
+        task = drawn(whole, part, seed=seed)
+        own = {name: _pad(pool, length if name == "train" else scored_length, each) for name, each in part.items()}
         scale = label_scale(task)
-        encoded = {
-            name: {**columns, "labels": _labels(task.splits[name], task.kind, scale)}
-            for name, (columns, _) in padded.items()
-        }
-        draws.append(Draw(task, encoded, {name: report for name, (_, report) in padded.items()}, scale))
+        encoded, reports = {}, {}
+        for name, (columns, report) in (shared | own).items():
+            encoded[name] = {**columns, "labels": _labels(task.splits[name], task.kind, scale)}
+            reports[name] = report
+        draws.append(Draw(task, encoded, reports, scale))
     return draws

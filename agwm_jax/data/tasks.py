@@ -1,11 +1,11 @@
-"""What a task is, low-resource draws of it, the unit of its labels, and training without leaked texts."""
+"""What a task is, the unit of its labels, and training without leaked texts."""
 
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int, Num
+from jaxtyping import Float, Float32, Num
 
 from agwm_jax.data.wording import listed, normal_form, quoted
 from agwm_jax.errors import AgwmError
@@ -61,41 +61,6 @@ def label_scale(task: Task) -> LabelScale | None:
         return None
     labels = np.asarray(task.splits["train"]["label"], np.float64)
     return LabelScale(float(labels.mean()), float(labels.std()))
-
-
-def draw_rows(
-    available: int, *, train_size: int, seed: int
-) -> tuple[Int[np.ndarray, "n_train"], Int[np.ndarray, "n_development"]]:
-    """Rows of the training and the development examples that `low_resource` draws out of those available."""
-    order = np.random.default_rng(seed).permutation(available)
-    return order[:train_size], order[train_size : train_size + max(1, train_size // 6)]
-
-
-def low_resource(task: Task, *, train_size: int, seed: int) -> Task:
-    """The task with `train_size` training examples drawn at random, and a split "development" of a sixth as many.
-
-    Both are drawn without replacement from the training split, the same for the same seed; the other splits stay whole.
-    A class that the draw leaves without an example is warned about.
-
-    Raises:
-      AgwmError: the training split is too small for both, or the draw has one class only.
-    """
-    development_size = max(1, train_size // 6)
-    available = len(task.splits["train"])
-    if train_size < 1:
-        raise AgwmError(f"train_size is {train_size}: give 1 or more.")
-    if train_size + development_size > available:
-        raise AgwmError(
-            f"train_size {train_size} and a development split of {development_size} need "
-            f"{train_size + development_size} examples, the training split of {task.name} has {available}: give "
-            f"train_size {available * 6 // 7} or less."
-        )
-    train, development = (
-        task.splits["train"].select(x) for x in draw_rows(available, train_size=train_size, seed=seed)
-    )
-    source = f"{task.name}, draw of {train_size} training examples by seed {seed}"
-    check_training_labels(train["label"], task.kind, task.label_names, source)
-    return task._replace(splits={**task.splits, "train": train, "development": development})
 
 
 def drop_leaked(task: Task) -> Task:

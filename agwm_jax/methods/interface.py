@@ -202,6 +202,9 @@ class MethodSettings(Section):
     open_to: ClassVar[frozenset[str]] = frozenset(get_args(Part))
     """What techniques may change of this method."""
 
+    has_rate: ClassVar[bool] = True
+    """Whether a learning rate changes what is learnt: False where nothing is trained by gradients."""
+
     @property
     def extra_passes(self) -> int:
         """Passes over the training set beside those of `Finetune`."""

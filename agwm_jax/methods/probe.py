@@ -53,6 +53,7 @@ class Probe(MethodSettings):
     """
 
     open_to: ClassVar = frozenset()
+    has_rate: ClassVar = False
     name: Literal["probe"] = Field(default="probe", description="fine-tuning method")
     folds: int = Field(default=5, ge=2, description="parts of the training set for the choice of C")
 

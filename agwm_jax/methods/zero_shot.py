@@ -26,6 +26,7 @@ class ZeroShot(MethodSettings):
     """
 
     open_to: ClassVar = frozenset()
+    has_rate: ClassVar = False
     name: Literal["zero_shot"] = Field(default="zero_shot", description="fine-tuning method")
 
     def build(self, setup: Setup) -> Method:

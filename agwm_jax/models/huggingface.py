@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -192,6 +193,8 @@ def save_pretrained(
     *,
     label_names: Sequence[str] | None = None,
     label_scale: tuple[float, float] | None = None,
+    max_length: int | None = None,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a Hugging Face folder: config.json, tokenizer (if the source has one), model.safetensors with the head.
 
@@ -204,6 +207,8 @@ def save_pretrained(
         label_names: one a class, or a single one for regression; None keeps `pretrained.label_names`.
         label_scale: mean and standard deviation of the labels, where a head was trained on standardised ones: folded
             into its last layer, so that the saved model gives scores in the unit of the labels.
+        max_length: tokens that texts were cut to; others' pipelines then cut there too. None: as the source says.
+        beside: further text files, content by name.
 
     Raises:
         AgwmError: the folder is not empty or cannot be written, or names and head do not match.
@@ -231,8 +236,11 @@ def save_pretrained(
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         tokenizer = pretrained.load_tokenizer()
         if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
+            _save_tokenizer(tokenizer, partial, max_length)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)  # it came readable by us alone
+        for name, text in beside.items():
+            (partial / name).write_text(text, encoding="utf-8")
         partial.rename(folder.absolute())
     except Exception as error:
         # Not only OSError: safetensors and tokenizers report a full disk by exceptions of their own.
@@ -240,6 +248,15 @@ def save_pretrained(
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, max_length: int | None) -> None:
+    before = tokenizer.model_max_length
+    try:  # it is the one that the caller goes on with
+        tokenizer.model_max_length = before if max_length is None else max_length
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.model_max_length = before
 
 
 def transformers_compatible(pretrained: Pretrained) -> str | None:

@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 from agwm_jax import metrics
 from agwm_jax.core.types import Composite
 from agwm_jax.data.columns import read_labelled
+from agwm_jax.data.draws import Rows
 from agwm_jax.data.encode import MULTIPLE, Draw, Encoded, EncodingReport, encode_draws
 from agwm_jax.data.sources.base import file_digests
 from agwm_jax.data.tasks import LabelScale, Task
@@ -39,8 +40,8 @@ class Recipe(NamedTuple):
     data: Data
     frozen: str | None = None
     """Pattern of the paths that are never trained."""
-    train_size: int | None = None
-    """Of a low-resource draw; None: all training examples."""
+    rows: Callable[[Task, int], Rows] | None = None
+    """Rows of the training split by seed; None: all of them."""
 
 
 class Prepared(NamedTuple):
@@ -73,7 +74,7 @@ class Prepared(NamedTuple):
 def recipe(config: Config) -> Recipe:
     """What a config says of it."""
     techniques = config.techniques.chosen
-    return Recipe(config.method, techniques, config.finetune, config.data, config.model.frozen, config.task.train_size)
+    return Recipe(config.method, techniques, config.finetune, config.data, config.model.frozen, config.task.rows)
 
 
 def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared, ...]:
@@ -142,7 +143,7 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
         task,
         pretrained.tokenizer,
         seeds=seeds,
-        train_size=recipe.train_size,
+        rows=recipe.rows,
         max_length=recipe.data.max_length,
         pad_to=recipe.data.pad_to,
     )

@@ -40,7 +40,7 @@ def compare(
         AgwmError: bad settings.
         SystemExit: a run failed or was interrupted; with its exit code.
     """
-    own = {method: [*_settings_of(method, overrides), "--method", method] for method in methods}
+    own = {method: [*settings_of(method, overrides), "--method", method] for method in methods}
     extra: dict[str, list[str]] = {method: [] for method in methods}
     if equal_passes:
         configs = {method: load_config(config, words) for method, words in own.items()}
@@ -59,7 +59,7 @@ def compare(
     return [folder for folder in folders if (folder / "result.json").exists()]
 
 
-def _settings_of(method: str, overrides: Sequence[str]) -> list[str]:
+def settings_of(method: str, overrides: Sequence[str]) -> list[str]:
     """The overrides that are for all methods, and those for this one."""
     kept: list[str] = []
     rest = list(overrides)

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from agwm_jax.data.columns import read_labelled
+from agwm_jax.data.draws import drawn
 from agwm_jax.data.files import check_extension
 from agwm_jax.data.predictions import read_texts, write_predictions
-from agwm_jax.data.tasks import LabelScale, Task, low_resource
+from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.errors import AgwmError
 from agwm_jax.runs.build import build_method, check_length, read_model, recipe, rows_read, seeded
-from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
+from agwm_jax.runs.fitted import DESCRIPTION, FittedModel, Predictions, Texts, load_exported
 from agwm_jax.runs.folder import read_config, read_result, weights_digest
 from agwm_jax.runs.variables import Origin, load_variables, method_settings
 from agwm_jax.settings.schema import Config
@@ -66,7 +67,9 @@ def load_run(folder: Place, *, model: str | None = None) -> Run:
     shapes = method.learnt_shapes(own.params)
     learnt = load_variables(folder, shapes, Origin(method_settings(config), weights_digest(own.params)))
     params = jax.jit(method.merge)(own.params, jax.tree.map(jnp.asarray, learnt))
-    return Run(config, result, FittedModel(task, own, params, scale, how.data, model=method.model))
+    columns = config.task.columns()[0]
+    fitted = FittedModel(task, own, params, scale, how.data, model=method.model, text_columns=columns)
+    return Run(config, result, fitted)
 
 
 def evaluate(
@@ -94,8 +97,8 @@ def evaluate(
         rows = read_labelled(file, task, text_columns=texts, label_column=label, separator=separator)
     else:
         name = split or task.report_split
-        whole, size = run.config.task.load(), run.config.task.train_size
-        splits = (whole if size is None else low_resource(whole, train_size=size, seed=run.result["seed"])).splits
+        whole, seed = run.config.task.load(), run.result["seed"]
+        splits = drawn(whole, run.config.task.rows(whole, seed), seed=seed).splits
         if name not in splits:
             raise AgwmError(f"the task {task.name} has no split {name!r}: its splits are {', '.join(splits)}.")
         rows = splits[name]
@@ -104,33 +107,57 @@ def evaluate(
     return {"task": task.name, "split": name, "n": len(logits), "scores": scores, "groups": groups}
 
 
+def load_model(folder: Place, *, model: str | None = None) -> FittedModel:
+    """What a folder holds that labels texts: a finished run, or an exported model.
+
+    Raises:
+        AgwmError: it is neither; see `load_run` and `load_exported`.
+    """
+    if (Path(folder) / "config.yaml").exists() or not (Path(folder) / DESCRIPTION).exists():
+        return load_run(folder, model=model).model
+    if model is not None:
+        raise AgwmError(f"{folder} is an exported model, which holds all its weights: leave out --model.")
+    return load_exported(folder)
+
+
 def predict(folder: Place, texts: Texts, *, model: str | None = None) -> Predictions:
-    """What a finished run says of texts; see `FittedModel.predict` and `load_run`."""
-    return load_run(folder, model=model).model.predict(texts)
+    """What a finished run or an exported model says of texts; see `FittedModel.predict` and `load_model`."""
+    return load_model(folder, model=model).predict(texts)
 
 
-def predict_file(folder: Path, input_file: Path, output_file: Path, *, model: str | None = None) -> int:
+def predict_file(
+    folder: Path, input_file: Path, output_file: Path, *, model: str | None = None, separator: str | None = None
+) -> int:
     """Label the texts of a file: its columns, then the prediction and, for classes, their probabilities.
+
+    Args:
+        folder: a finished run, or an exported model.
+        input_file, output_file: their extensions give the formats.
+        model: see `load_run`.
+        separator: of a .csv file; None: as the run's task has it, else a comma.
 
     Returns:
         The number of rows written.
 
     Raises:
-        AgwmError: no finished run, a bad file.
+        AgwmError: no finished run and no exported model, a bad file.
     """
     check_extension(output_file)
     if output_file.exists():
         raise AgwmError(f"{output_file} exists; name another file, nothing is overwritten.")
-    source = read_config(folder).task
-    texts = read_texts(input_file, text_columns=source.columns()[0], separator=source.separator)
-    run = load_run(folder, model=model)
-    found = run.model.predict_split(texts.split, input_file.name)
+    fitted = load_model(folder, model=model)
+    if separator is None:
+        is_run = (Path(folder) / "config.yaml").exists()
+        separator = read_config(Path(folder)).task.separator if is_run else ","
+    columns = fitted.text_columns[: 2 if fitted.task.pair else 1]
+    texts = read_texts(input_file, text_columns=columns, separator=separator)
+    found = fitted.predict_split(texts.split, input_file.name)
     write_predictions(
         output_file,
         texts,
         predictions=found.labels,
         probabilities=found.probabilities,
-        label_names=run.model.task.label_names,
+        label_names=fitted.task.label_names,
     )
     return len(found.labels)
 

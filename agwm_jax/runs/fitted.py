@@ -1,14 +1,18 @@
 """A fine-tuned model: what scores, labels texts and is saved, whether it was just trained or read from a run folder."""
 
 import contextlib
+import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from scipy.special import softmax
@@ -20,13 +24,15 @@ from agwm_jax.data.plan import evaluation_plan
 from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.engine.sharding import Placement, place
 from agwm_jax.errors import AgwmError
-from agwm_jax.models.huggingface import Pretrained, save_pretrained, transformers_compatible
+from agwm_jax.models.huggingface import Pretrained, load_pretrained, save_pretrained, transformers_compatible
 from agwm_jax.models.model import Effective, Model
 from agwm_jax.settings.schema import Data
 
 if TYPE_CHECKING:
     import datasets
 
+DESCRIPTION, FORMAT = "agwm.json", 1
+"""Of an exported folder: the file that says what the model is for, and its format."""
 Texts = Sequence[str] | Sequence[tuple[str, str]]
 """Single texts, or pairs for a task of pairs."""
 
@@ -57,6 +63,10 @@ class FittedModel(NamedTuple):
     """Of `params`; None: on one device."""
     model: Model | None = None
     """`Method.model`: what evaluates, where it is not that of `pretrained`; its outputs are the scores."""
+    temperature: float = 1.0
+    """That logits of classes are divided by before they are made probabilities."""
+    text_columns: tuple[str, ...] = ("text", "text_pair")
+    """Of files to label; the second for pairs alone."""
 
     def logits(self, encoded: Encoded) -> Float[np.ndarray, "n c"]:
         """Of every example of an encoded split; of a regression the score in the user's unit."""
@@ -95,7 +105,7 @@ class FittedModel(NamedTuple):
         if self.task.kind == "regression":
             return Predictions([float(x) for x in logits[:, 0]], None)
         names = [self.task.label_names[i] for i in logits.argmax(1)]
-        return Predictions(names, softmax(logits.astype(np.float64), axis=1))
+        return Predictions(names, softmax(logits.astype(np.float64) / self.temperature, axis=1))
 
     def scores(self, split: "datasets.Dataset", logits: Float[np.ndarray, "n c"]) -> dict[str, float]:
         """The task's metrics on a labelled split."""
@@ -113,8 +123,15 @@ class FittedModel(NamedTuple):
             groups[group] = {**metrics.compute([metric], logits[rows], labels[rows]), "n": int(rows.sum())}
         return groups
 
-    def save(self, folder: str | os.PathLike[str]) -> str | None:
+    def save(self, folder: str | os.PathLike[str], *, beside: Mapping[str, str] = MappingProxyType({})) -> str | None:
         """Write a Hugging Face folder: config, tokenizer, weights with the head; a regression gives the user's unit.
+
+        Its ``agwm.json`` says what `agwm_jax.load_exported` needs beside them. Texts longer than `data.max_length` are
+        cut there by other libraries too. Probabilities of other libraries are those of temperature 1.
+
+        Args:
+            folder: must not exist or be empty.
+            beside: further text files, content by name.
 
         Returns:
             Why `transformers` would not give the same logits, or None where it does.
@@ -127,9 +144,54 @@ class FittedModel(NamedTuple):
                 "this method does not score with the model's head, so a saved Hugging Face folder would not give its "
                 "scores: keep the run folder and predict from there, and leave out run.export."
             )
-        names = self.task.label_names or ("score",)
-        save_pretrained(folder, self.params, self.pretrained, label_names=names, label_scale=self.scale)
+        save_pretrained(
+            folder,
+            self.params,
+            self.pretrained,
+            label_names=self.task.label_names or ("score",),
+            label_scale=self.scale,
+            max_length=self.data.max_length,
+            beside={DESCRIPTION: json.dumps(self._description(), indent=2, ensure_ascii=False) + "\n", **beside},
+        )
         return transformers_compatible(self.pretrained)
+
+    def _description(self) -> dict[str, Any]:
+        task = {name: value for name, value in self.task._asdict().items() if name != "splits"}
+        columns = self.text_columns[: 2 if self.task.pair else 1]
+        reading = {"max_length": self.data.max_length, "temperature": self.temperature, "text_columns": columns}
+        return {"format": FORMAT, "task": task, **reading}
+
+
+def load_exported(folder: str | os.PathLike[str]) -> FittedModel:
+    """Read a folder that `FittedModel.save`, `agwm export` or `agwm compare` wrote.
+
+    Raises:
+        AgwmError: it is no such folder, a file of it is damaged, or a newer version wrote it.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        version = said["format"]
+    except FileNotFoundError:
+        raise AgwmError(f"{folder} is neither a run folder nor an exported model (it has no {DESCRIPTION}).") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise AgwmError(f"{path} cannot be read ({error}): export the model again.") from None
+    if version != FORMAT:
+        raise AgwmError(f"{path} has format {version}, this version of agwm_jax reads {FORMAT}: install a newer one.")
+    try:
+        described = said["task"]
+        lists = {name: tuple(described[name]) for name in ("label_names", "metrics")}
+        task = Task(**{**described, **lists, "splits": {}})
+        data = Data(max_length=said["max_length"])
+        temperature, columns = float(said["temperature"]), tuple(said["text_columns"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise AgwmError(f"{path} is damaged ({error}): export the model again.") from None
+    pretrained = load_pretrained(folder, num_labels=max(1, len(task.label_names)), label_names=task.label_names or None)
+    if pretrained.head_initialised:
+        raise AgwmError(f"{folder} holds no classifier for {', '.join(task.label_names) or 'scores'}: export it again.")
+    params: Params = {path: jnp.asarray(x) for path, x in pretrained.params.items()}
+    return FittedModel(task, pretrained, params, None, data, temperature=temperature, text_columns=columns)
 
 
 def _split_of(texts: Texts, *, pair: bool) -> "datasets.Dataset":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from agwm_jax.core.types import Params
 from agwm_jax.data.in_memory import as_task
@@ -38,6 +39,8 @@ class Result(NamedTuple):
     """By split and metric; of all splits but the training split."""
     groups: dict[str, dict[str, dict[str, float]]]
     """By split that has groups, group and metric."""
+    logits: dict[str, Float[np.ndarray, "n c"]]
+    """Of the same splits, in the order of their rows; of a regression the score in the user's unit."""
     records: list[dict[str, Any]]
     """One a step, in order: its phase, and what the method tells of it."""
     seconds: dict[str, float]
@@ -103,7 +106,7 @@ def fit(
             f"the model's head has {outputs} outputs, the task needs {wanted}: say load_pretrained(..., "
             f"num_labels={wanted})."
         )
-    how = recipe(config)._replace(frozen=frozen, train_size=None)
+    how = recipe(config)._replace(frozen=frozen, rows=None)
     (prepared,) = prepare(whole, model, how, seeds=(seed,))
     placement = make_placement(seed=1, data=1, model=1, fully_sharded=False)
     observer = InMemory(1)
@@ -154,16 +157,17 @@ def conclude(
     draw = prepared.draw
     own, params = prepared.method.model, merge(prepared, learnt)
     model = FittedModel(draw.task, prepared.pretrained, params, draw.scale, data, placement, own)
+    found: dict[str, Any] = {}
     scores, groups, learning = {}, {}, []
     for name, encoded in draw.encoded.items():
         if name != "train" and not os.path.isabs(name):  # a file that the method alone reads is not scored
             split, logits = draw.task.splits[name], model.logits(encoded)
-            scores[name] = model.scores(split, logits)
+            found[name], scores[name] = logits, model.scores(split, logits)
             groups[name] = model.group_scores(split, logits)
             if name == draw.task.report_split:
                 labels, truth = draw.encoded["train"]["labels"], np.asarray(split["label"])
                 learning = learning_warnings(records, labels, logits, truth, draw.task.label_names)
     failures = [*prepared.method.warnings(records), *learning]
     warnings = [*truncations(draw.reports), *(x._asdict() for x in failures)]
-    groups = {name: found for name, found in groups.items() if found}
-    return Result(prepared.seed, model, learnt, scores, groups, list(records), dict(seconds), warnings)
+    groups = {name: each for name, each in groups.items() if each}
+    return Result(prepared.seed, model, learnt, scores, groups, found, list(records), dict(seconds), warnings)

@@ -86,6 +86,30 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
 
 
+def write_logits(folder: Path, logits: Mapping[str, np.ndarray]) -> None:
+    """What the model said of every split that it is scored on, in the order of its rows: ``logits.safetensors``."""
+    from safetensors.numpy import save_file
+
+    with whole_file(folder / "logits.safetensors") as partial:
+        save_file({split: np.ascontiguousarray(each) for split, each in logits.items()}, partial)
+
+
+def read_logits(folder: Path) -> dict[str, np.ndarray]:
+    """See `write_logits`.
+
+    Raises:
+        AgwmError: there are none (a run of a version before 0.8), or the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = folder / "logits.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise AgwmError(f"{path} cannot be read ({error}); remove the folder and run the same command again.") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with whole_file(path) as partial:

@@ -245,6 +245,7 @@ class _Training:
         found.seconds["evaluate"] = time.perf_counter() - began
         weights = list(self.weights)
         save_variables(seed.folder, host, origin, weights=weights, task=config.run.save_weights)
+        run_folder.write_logits(seed.folder, found.logits)
         sizes = {name: len(rows) for name, rows in prepared.rows.items()}
         result = describe(config, found, train_size=prepared.train_size, reads=sizes, data=self.data)
         run_folder.write_result(seed.folder, {**result, "mesh": self.placement.describe(), "side_by_side": beside})

@@ -210,7 +210,7 @@ def sweep(cells: Sequence[Cell], output: Path, *, only: Sequence[str] = (), work
         ThreadPoolExecutor(workers) as pool,
         _terminated_as_interrupted(),
     ):
-        bar = progress.add_task("cells", total=len(wanted), completed=len(wanted) - len(left))
+        bar = progress.add_task(left[0].name if left else "cells", total=len(wanted), completed=len(wanted) - len(left))
         running = {pool.submit(_run, cell, output, workers, processes): cell for cell in left}
         try:
             for done in as_completed(running):

@@ -1,5 +1,7 @@
 """Token arrays: the tokenizer's own ids, one length for a split, nothing cut unseen."""
 
+from functools import partial
+
 import chex
 import datasets
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from agwm_jax.data.agreement import agreement_task
+from agwm_jax.data.draws import low_resource_rows
 from agwm_jax.data.encode import encode, encode_draws
 from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.errors import AgwmError
@@ -126,7 +129,7 @@ def test_a_draw_does_not_depend_on_the_draws_beside_it(tokenizer):
     lengths = [*range(1, 40), 100]
     pool = split(lengths, label=0).remove_columns("label").add_column("label", [i % 2 for i in range(len(lengths))])
     task = a_task(train=pool, validation=split([3, 7]))
-    options = {"train_size": 12, "max_length": 64}
+    options = {"rows": partial(low_resource_rows, train_size=12), "max_length": 64}
     alone = {seed: encode_draws(task, tokenizer, seeds=[seed], **options)[0] for seed in (0, 2)}
     beside = dict(zip((0, 2), encode_draws(task, tokenizer, seeds=[0, 2], **options), strict=True))
     longest = {seed: draw.reports["train"].longest for seed, draw in alone.items()}
@@ -154,7 +157,7 @@ def test_scores_are_standardised_by_the_draw_and_undone(tokenizer):
     values = [float(i) for i in range(20)]
     pool = split([3] * 20).remove_columns("label").add_column("label", values)
     task = a_task("regression", train=pool, validation=split([4], label=7.0))
-    draws = encode_draws(task, tokenizer, seeds=[0, 1], train_size=6)
+    draws = encode_draws(task, tokenizer, seeds=[0, 1], rows=partial(low_resource_rows, train_size=6))
     assert draws[0].scale != draws[1].scale
     for draw in draws:
         labels = np.array(draw.task.splits["train"]["label"])

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from agwm_jax.data.agreement import agreement_task
-from agwm_jax.data.tasks import LabelScale, Task, drop_leaked, label_scale, low_resource
+from agwm_jax.data.draws import drawn, low_resource_rows
+from agwm_jax.data.tasks import LabelScale, Task, drop_leaked, label_scale
 from agwm_jax.errors import AgwmError
 
 
@@ -17,6 +18,10 @@ def task_of(labels, kind="classification", label_names=("0", "1"), **texts):
         columns = {"text": first, **({"text_pair": second[0]} if second else {})}
         splits[split] = datasets.Dataset.from_dict({**columns, "label": (labels * len(first))[: len(first)]})
     return Task("t", kind, label_names, False, ("accuracy",), "validation", splits)
+
+
+def low_resource(task, *, train_size, seed):
+    return drawn(task, low_resource_rows(task, seed, train_size=train_size), seed=seed)
 
 
 def test_low_resource_draw():

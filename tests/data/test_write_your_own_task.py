@@ -62,7 +62,7 @@ def test_the_source_is_chosen_by_its_name(page, tmp_path, monkeypatch):
     }
     assert list(task.splits["validation"]["label"]) == [1]
     assert len(source.digests()) == 6
-    (draw,) = encode_draws(task, Letters(), seeds=[0], train_size=source.train_size)
+    (draw,) = encode_draws(task, Letters(), seeds=[0], rows=source.rows)
     assert draw.encoded["train"]["input_ids"].shape == (4, 8)
     assert TASK_SOURCES["class_folders"].summary == "A file for each text, in a folder with the name of its class."
 

@@ -19,6 +19,7 @@ from agwm_jax.registry import Registry
 from agwm_jax.section import Names, Section, refuse
 
 if TYPE_CHECKING:
+    from agwm_jax.data.draws import Rows
     from agwm_jax.data.files import Table
 
 
@@ -42,6 +43,16 @@ class TaskSource(Section):
             AgwmError: the data are missing or unusable.
         """
         raise TypeError(f"{type(self).__name__} defines no load()")
+
+    def rows(self, task: Task, seed: int) -> "Rows":
+        """The rows of the training split that a seed draws; empty where it trains on all of them.
+
+        Raises:
+            AgwmError: there are too few.
+        """
+        from agwm_jax.data.draws import low_resource_rows
+
+        return {} if self.train_size is None else low_resource_rows(task, seed, train_size=self.train_size)
 
     def columns(self) -> tuple[tuple[str, ...], str]:
         """What the text columns and the label column are called in files for this task."""
