@@ -41,6 +41,8 @@ def library(monkeypatch):
     module("agwm_jax.runs.run", "train_seeds")
     module("agwm_jax.runs.finished", "evaluate", "predict_file", "export")
     module("agwm_jax.report", "write_report")
+    module("agwm_jax.selection.compare", "compare")
+    sys.modules["agwm_jax.selection.compare"].MODEL = "model"
     return types.SimpleNamespace(calls=calls, answer=answer)
 
 
@@ -104,6 +106,23 @@ def test_each_command_makes_its_call(library, arguments, call):
     library.answer["write_report"] = types.SimpleNamespace(markdown="", files=[Path("report/report.md")])
     assert main(arguments) == 0
     assert library.calls == [call]
+
+
+def test_compare_hands_on_its_options_and_the_settings(library, capsys):
+    words = ["--text", "a", "b", "--label", "c", "--budget", "2min", "--methods", "probe", "--finetune.epochs", "2"]
+    assert main(["compare", "f.csv", *words, "--output", "o"]) == 0
+    ((name, *given),) = library.calls
+    defaults = (None, None)  # no group, no test file
+    settings = ["--finetune.epochs", "2"]
+    expected = [Path("f.csv"), "minilm", Path("o"), ["a", "b"], "c", *defaults, ["probe"], 5, 120.0, ",", settings]
+    assert (name, given) == ("compare", expected)
+    assert "label texts: agwm predict o/model TEXTS.csv LABELLED.csv" in capsys.readouterr().out
+    library.calls.clear()
+    assert main(["compare", "f.csv", "--budget", "none"]) == 0
+    assert library.calls[0][9] is None
+    assert main(["compare", "f.csv", "--all", "--methods", "probe"]) == 2
+    assert main(["compare", "f.csv", "--budget", "soon"]) == 2
+    assert len(library.calls) == 1
 
 
 def test_a_report_is_printed_with_its_place(library, capsys):

@@ -156,7 +156,7 @@ def test_words_that_yaml_1_1_takes_for_booleans_are_texts(write):
         ),
         ("task: {source: local, files: {train: a}}", ["task.files.validation: missing", "text"]),
         ("task: {source: local}", ["task.files: missing", "with task.source: local", "train, validation, test"]),
-        ("task: 3", ["task: got 3", "agreement, glue, hub, local"]),
+        ("task: 3", ["task: got 3", "agreement, file, glue, hub, local"]),
         ("task: {source: glu}", ["task.source: got 'glu'", "did you mean glue?"]),
         ("task: {source: hub, path: x, text_columns: [a, b, c]}", ["task.text_columns", "[a, b, c]"]),
     ],

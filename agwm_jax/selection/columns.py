@@ -66,7 +66,7 @@ def _label(table: Table, names: Sequence[str]) -> str:
     if known:
         return known[0]
     rows = len(table.numbers)
-    few = [name for name in names if 2 <= len(set(map(str, table.columns[name]))) <= max(2, rows // 5)]
+    few = [name for name in names if 2 <= len(set(map(str, table.columns[name]))) <= max(2, rows // 3)]
     if len(few) == 1:
         return few[0]
     found = f"{listed(few)} all could be" if few else "none looks like one"

@@ -132,7 +132,7 @@ def compare(
     metric = task.metrics[0]
     best = recommend(scored, metric)
     calibration = calibrate(best.logits, np.concatenate(labels)) if task.kind == "classification" else None
-    said = sentences(scored, best, metric)
+    said = sentences(scored, best, metric, guessing=_guessing(np.concatenate(labels), metric))
     tell("\n" + pages.table(scored, task.metrics))
     for sentence in said:
         tell(sentence)
@@ -156,6 +156,11 @@ def compare(
     comparison = _trained(comparison, output, tell)
     pages.write(comparison, output)
     return comparison
+
+
+def _guessing(labels: np.ndarray, metric: str) -> float | None:
+    """Accuracy of always the commonest class."""
+    return None if metric != "accuracy" else float(np.bincount(labels).max() / len(labels))
 
 
 def _file(data: Any, output: Path) -> Path:

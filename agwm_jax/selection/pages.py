@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import softmax
 
+from agwm_jax.methods.interface import METHODS
 from agwm_jax.runs import folder as run_folder
 from agwm_jax.selection.verdict import Scored, confusion, per_class
 
@@ -178,6 +179,7 @@ def _html(comparison: "Comparison") -> str:
         task=task,
         metrics=task.metrics,
         rows=sorted(comparison.scored, key=lambda each: -each.scores[task.metrics[0]]),
+        rated={each.method for each in comparison.scored if METHODS[each.method].value.has_rate},
         span=_span(comparison.scored),
         classes=classes,
         hardest=_hardest(comparison, labels),

@@ -118,8 +118,15 @@ def texts_needed(gap: Difference, n: int, *, size: float = 0.01) -> int:
     return math.ceil(n * (_Z * gap.error / size) ** 2)
 
 
-def sentences(found: Sequence[Scored], chosen: Scored, metric: str) -> list[str]:
-    """The recommendation and what can be said of every other method beside it, in points of the metric."""
+def sentences(found: Sequence[Scored], chosen: Scored, metric: str, *, guessing: float | None = None) -> list[str]:
+    """The recommendation and what can be said of every other method beside it, in points of the metric.
+
+    Args:
+        found: all methods.
+        chosen: the recommended one.
+        metric: the main one.
+        guessing: its value for always the commonest class; None where that means nothing.
+    """
     n = len(chosen.logits)
     best = max(found, key=lambda each: each.scores[metric])
     low, high = chosen.interval
@@ -134,6 +141,11 @@ def sentences(found: Sequence[Scored], chosen: Scored, metric: str) -> list[str]
             f"({100 * gap.error:.1f}), and takes {best.seconds:.0f} s."
         )
     lines = [said]
+    if guessing is not None and low <= guessing:
+        lines.append(
+            f"That is not surely better than always guessing the commonest class ({100 * guessing:.1f}): more texts, "
+            "or a larger encoder, are needed before anything is built on it."
+        )
     for each in found:
         if each is chosen:
             continue

@@ -16,6 +16,7 @@ from agwm_jax.data.sources.base import TASK_SOURCES
 from agwm_jax.data.sources.glue import GlueTask
 from agwm_jax.data.sources.hub import HubTask
 from agwm_jax.data.sources.local import LocalTask
+from agwm_jax.data.sources.one_file import FileTask
 from agwm_jax.errors import AgwmError
 
 
@@ -188,6 +189,38 @@ def test_two_splits_in_one_file(tmp_path):
             local_source({**files, "test": other})
 
 
+def test_one_file_is_cut_into_folds_and_a_test(tmp_path):
+    (file,) = write(tmp_path, train=[0, 1] * 30).values()
+    task = FileTask(file=str(file), test_share=0.2, folds=4)
+    whole = task.load()
+    test = set(whole.splits["test"]["text"])
+    assert (len(whole.splits["train"]), len(test)) == (48, 12)
+    assert not test & set(whole.splits["train"]["text"])
+    assert set(task.load().splits["test"]["text"]) == test  # the same in every run
+    rows = task.rows(whole, 2)
+    assert {name: len(each) for name, each in rows.items()} == {"train": 36, "validation": 12}
+    (other,) = write(tmp_path, test=[0, 1]).values()
+    assert len(FileTask(file=str(file), test=str(other)).load().splits["test"]) == 2
+    assert FileTask(file=str(file), test=str(other)).data_files() == (str(file), str(other))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"test": "b.csv", "test_share": 0.2}, "test_share: there is a test file; remove one"),
+        ({"test": "./a.jsonl"}, "test: is the training file too"),
+        ({"report_split": "test"}, "report_split: test needs test or test_share"),
+        ({"train_size": 20}, "train_size: folds say what is trained on"),
+        ({"separator": ";"}, "separator: none of the files is a .csv"),
+        ({"folds": 1}, "folds"),
+        ({"test_share": 0.6}, "test_share"),
+    ],
+)
+def test_settings_of_one_file_that_do_not_fit(options, message):
+    with pytest.raises(ValidationError, match=message):
+        FileTask(file="a.jsonl", **options)
+
+
 def test_digests_tell_a_corrected_file(tmp_path):
     source = local_source(write(tmp_path, train=[0, 1], validation=[0]))
     before = source.digests()
@@ -208,7 +241,7 @@ def test_settings_are_listed_without_the_libraries_that_read_data():
         "print(*TASK_SOURCES, *METRICS, *({'datasets', 'pyarrow', 'scipy', 'sklearn', 'flax'} & set(sys.modules)))"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    names = "agreement glue hub local accuracy f1 macro_f1 matthews pearson spearman"
+    names = "agreement file glue hub local accuracy f1 macro_f1 matthews pearson spearman"
     assert answer.stdout.split() == names.split()
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,19 @@ def test_the_pages_say_it_and_nothing_in_the_data_becomes_html(found):
     answer = json.loads((output / "compare.json").read_text())
     assert answer["recommended"]["method"] == comparison.recommended.method
     assert set(answer["methods"]) == {"probe", "vanilla"}
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_browser_runs_the_page_without_an_error(found, tmp_path):
+    _, output = found
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    page = f"file://{output / 'report.html'}"
+    done = subprocess.run(
+        [*command, "--enable-logging=stderr", "--dump-dom", page], capture_output=True, text=True, timeout=300
+    )
+    assert "CONSOLE" not in done.stderr
+    assert "<button>recall</button>" in done.stdout  # the heads of tables sort them
+    assert "<script>alert" not in done.stdout
 
 
 def test_the_same_call_trains_nothing_anew(found, file, tiny_checkpoint, monkeypatch):

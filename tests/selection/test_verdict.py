@@ -122,3 +122,9 @@ def test_confusion_and_scores_of_classes_are_scikit_learns():
     precision, recall, _, support = precision_recall_fscore_support(labels, predictions, zero_division=np.nan)
     np.testing.assert_allclose(per_class(table), np.stack([precision, recall, support], axis=1))
     assert np.isnan(per_class(table)[3][0])
+
+
+def test_what_is_no_better_than_guessing_says_so():
+    found = scored("m", range(300))
+    assert "not surely better than always guessing" in sentences([found], found, "accuracy", guessing=0.72)[1]
+    assert len(sentences([found], found, "accuracy", guessing=0.6)) == 1
