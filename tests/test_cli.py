@@ -119,7 +119,7 @@ def test_compare_hands_on_its_options_and_the_settings(library, capsys):
     assert "label texts: agwm predict o/model TEXTS.csv LABELLED.csv" in capsys.readouterr().out
     library.calls.clear()
     assert main(["compare", "f.csv", "--budget", "none"]) == 0
-    assert library.calls[0][9] is None
+    assert library.calls[0][10] is None
     assert main(["compare", "f.csv", "--all", "--methods", "probe"]) == 2
     assert main(["compare", "f.csv", "--budget", "soon"]) == 2
     assert len(library.calls) == 1

@@ -220,6 +220,7 @@ def sweep(cells: Sequence[Cell], output: Path, *, only: Sequence[str] = (), work
                 progress.update(bar, advance=1, description=f"{cell.name}{' FAILED' if code else ''}")
                 write_table(cells, output)
         except KeyboardInterrupt:
+            progress.console.print("stopping: the runs that are under way save their state first")
             processes.stop()
             pool.shutdown(cancel_futures=True)
             raise KeyboardInterrupt("interrupted; run the same command again to continue") from None

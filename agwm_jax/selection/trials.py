@@ -10,7 +10,7 @@ from agwm_jax.methods.interface import METHODS
 BASE_RATE = 2e-5
 """The default of `finetune.optimizer`; a factor multiplies it, and each method's own rate alike."""
 METHODS_TRIED = ("probe", "vanilla", "lp_ft", "agwm")
-_MIN_STEPS = 80
+_MIN_STEPS = 60
 _WIDTHS = (1.0, 3.0, 1 / 3)
 _UNITS = {"": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -36,7 +36,7 @@ def factors(hidden_size: int) -> tuple[float, ...]:
 
 
 def passes(num_examples: int, batch_size: int) -> int:
-    """Over the training set: five (three from 2,000 examples on), and not fewer than 80 steps in all."""
+    """Over the training set: five (three from 2,000 examples on), and not fewer than 60 steps in all."""
     steps = math.ceil(num_examples / batch_size)
     return max(5 if num_examples < 2000 else 3, math.ceil(_MIN_STEPS / steps))
 

@@ -118,6 +118,7 @@ def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, 
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=SECONDS)[0]
     assert process.returncode == 130, text
+    assert "stopping: the runs that are under way save their state first" in text
     assert "run the same command again to continue" in text
     assert "Traceback" not in text
     assert not (metrics.parent / "result.json").exists()

@@ -51,7 +51,7 @@ def test_what_is_named_is_taken():
 @pytest.mark.parametrize(
     ("columns", "sentence"),
     [
-        ({"body": LONG, "a": FEW, "b": FEW}, r"which column is the label\? .*'a' and 'b' all could be"),
+        ({"body": LONG, "a": FEW, "b": FEW}, r"which column is the label\? .*'a', 'b' all could be"),
         ({"body": LONG, "id": NUMBERS}, r"which column is the label\? .*none looks like one"),
         ({"id": NUMBERS, "label": FEW}, r"which column holds the texts\?.* none has two words"),
         ({"text": LONG, "label": NUMBERS}, "'label' holds 12 different values in 12 rows, too many for classes"),

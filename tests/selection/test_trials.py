@@ -9,7 +9,7 @@ from agwm_jax.selection.trials import METHODS_TRIED, all_methods, check_methods,
 def test_rates_go_by_width_and_passes_by_size():
     assert factors(384) == pytest.approx((5, 15, 5 / 3))
     assert factors(768) == pytest.approx((2.5, 7.5, 5 / 6))
-    assert [passes(n, 16) for n in (16, 160, 300, 1999, 2000, 8000)] == [80, 8, 5, 5, 3, 3]
+    assert [passes(n, 16) for n in (16, 160, 300, 1999, 2000, 8000)] == [60, 6, 5, 5, 3, 3]
 
 
 @pytest.mark.parametrize("method", all_methods())
