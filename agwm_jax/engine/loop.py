@@ -272,8 +272,9 @@ def _deferred_signals() -> Iterator[threading.Event]:
         if interrupted.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         interrupted.set()
-        heard = f"heard {signal.Signals(number).name}: stopping after the steps that run now; Ctrl-C again stops at once"
-        os.write(2, f"agwm: {heard}\n".encode())  # print() may be what was interrupted
+        name = signal.Signals(number).name
+        said = f"agwm: heard {name}: stopping after the steps that run now; Ctrl-C again stops at once\n"
+        os.write(2, said.encode())  # print() may be what was interrupted
 
     before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
