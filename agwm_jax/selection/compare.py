@@ -361,7 +361,8 @@ def _trained(comparison: Comparison, output: Path, tell: Tell) -> Comparison:
     comparison = comparison._replace(
         model=model,
         test_scores=result.scores.get("test", {}),
-        warnings=[warning["message"] for warning in result.warnings],
+        # What is cut is among the findings.
+        warnings=[warning["message"] for warning in result.warnings if warning["name"] != "texts_truncated"],
     )
     if folder.exists():
         shutil.rmtree(folder)

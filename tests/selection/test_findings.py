@@ -42,6 +42,11 @@ def test_rare_and_uneven_classes_are_named():
     assert "not in every fold" not in " ".join(of([f"a b {i}" for i in range(40)], [0] * 34 + [1] * 6))
 
 
+def test_the_smallest_class_says_whether_all_folds_have_one():
+    found = " ".join(of([f"a b {i}" for i in range(40)], [0] * 31 + [1] * 7 + [2] * 2, ("a", "b", "c")))
+    assert "b (7), c (2). What is learnt of such a class is luck; with fewer than 5 it is not in every fold" in found
+
+
 def test_copies_and_contradictions_are_counted():
     texts = [*(f"a b {i}" for i in range(30)), "A  b 1", "a b 2", "a b 2"]
     found = of(texts, [0, 1] * 15 + [1, 0, 1])

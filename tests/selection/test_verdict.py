@@ -109,6 +109,18 @@ def test_the_temperature_undoes_a_known_sharpening():
     assert [wanted for wanted, *_ in found.thresholds] == [0.9, 0.95, 0.99]
 
 
+def test_the_threshold_is_the_lowest_that_gives_the_precision_on_enough_texts():
+    # Sure to unsure: 30 right answers, one wrong, 20 right, then wrong ones. Of the first 51 texts 98 % are right.
+    right = np.array([True] * 30 + [False] + [True] * 20 + [False] * 9)
+    sure = np.linspace(4, 0.1, len(right))
+    logits = np.stack([np.zeros(len(right)), sure], axis=1)
+    found = {wanted: share for wanted, _, share in calibrate(logits, right.astype(int)).thresholds}
+    # 0.9: 50 of the first 55 are right, and 50 of 56 are not enough.
+    assert found == {0.9: pytest.approx(55 / 60), 0.95: pytest.approx(52 / 60), 0.99: pytest.approx(30 / 60)}
+    few = calibrate(logits[:19], right[:19].astype(int))
+    assert few.thresholds == []
+
+
 def test_a_precision_that_no_confidence_gives_is_left_out():
     logits, labels = np.array([[2.0, 0], [1.0, 0]]), np.array([1, 1])
     assert calibrate(logits, labels).thresholds == []
