@@ -1,5 +1,6 @@
 # quickstart: train on the embedded default and plot it     test: run the tests     parity: compare with PyTorch
-# device: compare a GPU or TPU with its machine's CPU     lint: style, types, layers     docs: build the site     ci: all
+# device: compare a GPU or TPU with its machine's CPU     lint: style, types, layers     docs: build the site
+# dist: build wheel and sdist     ci: all
 # mpnet: fetch all-mpnet-base-v2 (404 MB)     clean: remove what these made
 # PYTHON=/path/to/python3.12 make ... takes that Python. PYTEST_OPTIONS="-n 0 -k config" replaces the options of pytest.
 
@@ -17,10 +18,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 PYTEST_OPTIONS ?= -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --durations 25
 PARITY_OPTIONS ?= --durations 5
 
-.PHONY: help quickstart test parity device lint mpnet docs ci clean
+.PHONY: help quickstart test parity device lint mpnet docs dist ci clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 quickstart: $(VENV)/.train
 	$(BIN)/python experiments/compare_methods.py --config configs/agreement.yaml --methods vanilla agwm --seeds 0 1 \
@@ -50,11 +51,16 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "the site is in site/: open site/index.html"
 
+dist: $(VENV)/.dev
+	rm -rf build dist # what an earlier build left there would be packed too
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+
 ci:
 	.ci/run
 
 clean:
-	rm -rf $(VENV) build site ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find agwm_jax tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
