@@ -62,7 +62,7 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
         run_folder.check(folder, one)
     data = digests(config)
     for folder in folders:
-        _refuse_changed_data(folder, data)
+        refuse_changed_data(folder, data)
     diverged: dict[int, str] = {}
     try:
         if any(run_folder.read_result(folder) is None for folder in folders):
@@ -89,7 +89,7 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
     return results
 
 
-def _refuse_changed_data(folder: Path, data: Mapping[str, str]) -> None:
+def refuse_changed_data(folder: Path, data: Mapping[str, str]) -> None:
     """Refuse to hand out a result of files that have changed since."""
     result = run_folder.read_result(folder)
     changed = [path for path, digest in ((result or {}).get("data") or {}).items() if data.get(path) != digest]

@@ -17,10 +17,11 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import METHODS
 from agwm_jax.models.huggingface import Pretrained
 from agwm_jax.runs import folder as run_folder
-from agwm_jax.runs.build import read_model
+from agwm_jax.runs.build import digests, read_model
 from agwm_jax.runs.compare import settings_of
 from agwm_jax.runs.fitted import FittedModel, load_exported
 from agwm_jax.runs.fitting import Result, fit
+from agwm_jax.runs.run import refuse_changed_data
 from agwm_jax.runs.sweep import LOG, Cell, sweep
 from agwm_jax.selection import pages
 from agwm_jax.selection.columns import Columns, guess_columns
@@ -109,6 +110,8 @@ def compare(
     """
     began, output = time.monotonic(), Path(output)
     check_methods(methods)
+    if output.exists() and not (output / CONFIG).exists() and any(output.iterdir()):
+        raise AgwmError(f"{output} is not empty and holds no comparison; choose another --output.")
     file = _file(data, output)
     table = read_table(file, separator=separator)
     columns = guess_columns(table, text=text, label=label)
@@ -239,6 +242,7 @@ class _Trials:
         self.metric, self.seeds = task.metrics[0], tuple(range(len(rows)))
         self.cells = {(name, x): self._cell(name, x, self.seeds) for x in self.factors for name in methods}
         self.tried: dict[str, list[Trial]] = {name: [] for name in methods}
+        self.data = digests(config)
         self.notes: list[str] = []
         self.failed: list[str] = []
 
@@ -267,6 +271,8 @@ class _Trials:
         for number, factor in enumerate(self.factors):
             round_began = time.monotonic()
             methods = [name for name in self.tried if number == 0 or METHODS[name].value.has_rate]
+            if not methods:
+                break
             for place, method in enumerate(methods):
                 # The first round may leave methods out; a later one is whole or not begun.
                 if number == 0 and place > 1 and ends is not None and time.monotonic() + self._next() > ends:
@@ -322,8 +328,10 @@ class _Trials:
 
     def _try(self, method: str, factor: float) -> None:
         cell = self.cells[method, factor]
-        sweep(list(self.cells.values()), self.output / RUNS, only=[cell.name])
         folders = [self.output / RUNS / cell.name / f"seed-{seed}" for seed in self.seeds]
+        for folder in folders:
+            refuse_changed_data(folder, self.data)
+        sweep(list(self.cells.values()), self.output / RUNS, only=[cell.name])
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         if len(results) < len(folders):  # a fold diverged, or the process failed
             self.failed.append(cell.name)
@@ -345,14 +353,15 @@ def _seconds(result: Mapping[str, Any]) -> float:
 
 def _trained(comparison: Comparison, output: Path, tell: Tell) -> Comparison:
     """Train what is recommended on the whole file and save it, or read it where that was done."""
-    folder = output / MODEL
-    answer = pages.answer(comparison)
-    before = _read_answer(output / ANSWER)
-    if folder.exists() and before is not None and before["recommended"] == answer["recommended"]:
+    folder, before = output / MODEL, _read_answer(output / ANSWER)
+    if folder.exists() and before is not None and before["recommended"] == pages.answer(comparison)["recommended"]:
         tell(f"model: {folder} (as it was)")
-        return comparison._replace(
+        comparison = comparison._replace(
             model=load_exported(folder), test_scores=before["test_scores"], warnings=before["warnings"]
         )
+        run_folder.write_text(folder / "README.md", pages.card(comparison))  # other methods may have been tried since
+        _write_answer(comparison, output)
+        return comparison
     task, best = comparison.task, comparison.recommended
     tell(f"training {best.method} on all {len(task.splits['train'])} texts")
     result = fit_final(comparison)
@@ -367,7 +376,7 @@ def _trained(comparison: Comparison, output: Path, tell: Tell) -> Comparison:
     if folder.exists():
         shutil.rmtree(folder)
     model.save(folder, beside={"README.md": pages.card(comparison), "training.yaml": dump_config(comparison.settings)})
-    run_folder.write_text(output / ANSWER, json.dumps(pages.answer(comparison), indent=2) + "\n")
+    _write_answer(comparison, output)
     tell(f"model: {folder}")
     return comparison
 
@@ -384,6 +393,10 @@ def fit_final(comparison: Comparison) -> Result:
         techniques={each.name: each.model_dump(mode="json", exclude={"name"}) for each in settings.techniques.chosen},
         frozen=settings.model.frozen,
     )
+
+
+def _write_answer(comparison: Comparison, output: Path) -> None:
+    run_folder.write_text(output / ANSWER, json.dumps(pages.answer(comparison), indent=2) + "\n")
 
 
 def _read_answer(path: Path) -> Mapping[str, Any] | None:

@@ -134,6 +134,42 @@ def test_the_same_call_trains_nothing_anew(found, file, tiny_checkpoint, monkeyp
     assert told[-1] == f"model: {output / MODEL} (as it was)"
 
 
+def test_an_edited_file_and_a_folder_of_something_else_are_refused(found, file, tiny_checkpoint, tmp_path):
+    _, output = found
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("T-3,", "T-3b,"))
+        with pytest.raises(AgwmError, match=r"is finished, and .*tickets\.csv changed since"):
+            run(file, tiny_checkpoint, output, [])
+    finally:
+        file.write_text(before)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(AgwmError, match="is not empty and holds no comparison"):
+        run(file, tiny_checkpoint, tmp_path, [])
+    assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
+
+
+def test_pairs_with_scores_in_memory_and_a_test_file(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    split = agreement_task(train_size=40).splits["train"]
+    pairs = list(zip(split["text"], split["text"][::-1], strict=True))
+    scores = [len(first) / 10 - len(second) / 20 for first, second in pairs]
+    test = tmp_path / "test.jsonl"
+    rows = [{"text": a, "text_pair": b, "label": score} for (a, b), score in zip(pairs, scores, strict=True)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"methods": ("probe",), "folds": 2, "budget": None, "test": test, "settings": WORDS[:4]}
+    comparison = run((pairs, scores), tiny_checkpoint, tmp_path / "out", [], **options)
+    assert (comparison.columns.kind, comparison.columns.text) == ("regression", ("text", "text_pair"))
+    assert comparison.calibration is None
+    assert comparison.notes == []
+    predicted = comparison.model.predict(pairs).labels
+    order = [np.argsort(np.argsort(x)) for x in (predicted, scores)]
+    assert comparison.test_scores["spearman"] == pytest.approx(np.corrcoef(order)[0, 1], abs=0.02)  # but for ties
+    np.testing.assert_allclose(predict(tmp_path / "out" / MODEL, pairs).labels, predicted, atol=1e-4)
+    assert "Final model on the test file: spearman" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_another_comparison_does_not_take_its_place(found, file, tiny_checkpoint):
     _, output = found
     with pytest.raises(AgwmError, match=r"holds another comparison .* choose another --output"):
