@@ -11,47 +11,11 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from agwm_jax.arguments import REGISTRIES, TRAIN_HELP, parsers
 from agwm_jax.errors import AgwmError
 from agwm_jax.explain import UNEXPECTED, explain
-
-_REGISTRIES = {
-    "methods": ("agwm_jax.methods.interface", "METHODS"),
-    "estimators": ("agwm_jax.core.estimators.base", "ESTIMATORS"),
-    "solvers": ("agwm_jax.core.solvers.base", "SOLVERS"),
-    "families": ("agwm_jax.models.family", "FAMILIES"),
-    "tasks": ("agwm_jax.data.sources.base", "TASK_SOURCES"),
-    "metrics": ("agwm_jax.metrics", "METRICS"),
-}
-_TRAIN_HELP = """\
-usage: agwm train [--config FILE] [--SECTION.SETTING VALUE ...] [--coordinator ADDRESS]
-
-Train as the settings say: the config file's, changed by those given here; without either, the defaults.
-A run that was interrupted continues when the same command is given again.
-
-options:
-  --config FILE            settings as YAML, by section
-  --seed N                 short for --run.seed
-  --seeds '[0, 1, 2]'      short for --run.seeds: several runs, one a seed
-  --output FOLDER          short for --run.output
-  --model PATH             short for --model.path: minilm, bert-tiny, a folder, or a hub id
-  --method NAME            short for --method.name; `agwm list methods` says which there are
-  --debug                  show the traceback of an error
-
-sections of settings, given as --section.setting VALUE, where VALUE is written as in YAML (2e-5, true, null, '[0, 1]'):
-{sections}
-
-Relative paths in a config are relative to it, those given here to the working directory.
-`agwm settings` lists all settings with their defaults, `agwm settings learning rate` those that these words are about.
-
-several processes, as on several hosts, are one run when each gets the same command and --coordinator:
-  --coordinator auto       as SLURM (srun agwm train ... --coordinator auto), Open MPI or a TPU pod says
-  --coordinator HOST:PORT --num-processes N --process-id I
-                           by hand; process 0 runs on HOST
---mesh.data all then takes the devices of all of them; the run folder must be one that all can reach.
-"""
 
 OK, INTERRUPTED = 0, 130
 
@@ -97,7 +61,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def _run(arguments: Sequence[str]) -> int:
-    parser, commands = _parsers()
+    parser, commands = parsers()
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command is None:
         parser.print_help()
@@ -105,107 +69,6 @@ def _run(arguments: Sequence[str]) -> int:
     if rest and parsed.command not in ("train", "sweep", "compare"):
         commands[parsed.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return globals()[f"_{parsed.command}"](parsed, rest)
-
-
-def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    options: Any = {"allow_abbrev": False}
-    parser = argparse.ArgumentParser(
-        prog="agwm",
-        description="Fine-tune a pretrained encoder on few examples by attention-guided weights mixup.",
-        epilog="Exit codes: 0 done, 1 unexpected error, 2 a mistake in the command, settings or data, 130 Ctrl-C. "
-        "--debug, with any command, shows the traceback of an error.",
-        **options,
-    )
-    group = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    train = group.add_parser(
-        "train", help="train as a config says, or continue the same run", add_help=False, **options
-    )
-    train.add_argument("--config", type=Path)
-    train.add_argument("--coordinator")
-    train.add_argument("--num-processes", type=int)
-    train.add_argument("--process-id", type=int)
-    train.add_argument("-h", "--help", action="store_true")
-
-    compare = group.add_parser(
-        "compare",
-        help="find the method for one labelled file, and train it",
-        description="Cross-validate a few methods on one labelled file, recommend one, train it on all of the file. "
-        "The same command goes on where it was stopped. Settings given as of `agwm train` hold for all methods, "
-        "--NAME.setting for the method of that name.",
-        **options,
-    )
-    compare.add_argument("file", metavar="FILE", type=Path, help="labelled texts: .csv, .tsv, .jsonl or .parquet")
-    compare.add_argument(
-        "--encoder", default="minilm", help="pretrained model: a folder, or a hub id (default: minilm)"
-    )
-    compare.add_argument(
-        "--text", nargs="+", default=[], metavar="COLUMN", help="text column, or two (default: guessed)"
-    )
-    compare.add_argument("--label", metavar="COLUMN", help="label column (default: guessed)")
-    compare.add_argument("--group", metavar="COLUMN", help="rows with the same value here stay in one fold")
-    compare.add_argument(
-        "--test", type=Path, metavar="FILE", help="labelled file that the final model is scored on once"
-    )
-    compare.add_argument("--methods", nargs="+", metavar="NAME", help="default: probe vanilla lp_ft agwm")
-    compare.add_argument("--all", action="store_true", help="all methods; takes hours")
-    compare.add_argument("--folds", type=int, default=5, help="of the cross-validation (default: 5)")
-    compare.add_argument(
-        "--budget",
-        metavar="TIME",
-        default="10min",
-        help="about how long: 90s, 10min, 2h, none; fewer folds, rates and methods where it is short (default: 10min)",
-    )
-    compare.add_argument("--separator", default=",", help="between the fields of a .csv file (default: a comma)")
-    compare.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
-
-    sweep = group.add_parser(
-        "sweep",
-        help="run a study: tasks x arms x grid x seeds, or what is left of it",
-        description="Run a study, or what is left of it. Settings given as of `agwm train` hold for all of its runs; "
-        "${task} in a value is the task's name.",
-        **options,
-    )
-    sweep.add_argument("study", metavar="STUDY", type=Path, help="YAML file: tasks, arms, grid, settings, seeds")
-    sweep.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of runs and results.parquet")
-    sweep.add_argument("--workers", type=int, default=1, help="processes at once (default: 1)")
-    sweep.add_argument("--only", nargs="+", default=[], metavar="TASK/ARM/POINT", help="patterns of what to run")
-    sweep.add_argument("--dry-run", action="store_true", help="check the settings and list what would run")
-
-    settings = group.add_parser("settings", help="list the settings of train", **options)
-    settings.add_argument(
-        "words", metavar="PATTERN", nargs="*", help="regular expressions, all of which a setting is to match"
-    )
-
-    listing = group.add_parser("list", help="list what can be chosen, by kind", **options)
-    listing.add_argument("kind", nargs="?", choices=_REGISTRIES, help="what to list, with cost and paper")
-    group.add_parser("methods", help="list the methods, with what each costs and its paper", **options)
-
-    evaluate = group.add_parser("eval", help="score a finished run", **options)
-    predict = group.add_parser("predict", help="label the texts of a file", **options)
-    export = group.add_parser("export", help="write a Hugging Face folder with what was learnt merged in", **options)
-    for command in (evaluate, predict, export):
-        command.add_argument("run", metavar="RUN", type=Path, help="run folder (predict: or an exported model)")
-        command.add_argument("--model", metavar="PATH", help="where the pretrained model is now, if it has moved")
-    evaluate.add_argument("--split", help="split of the run's task (default: the one its result reports)")
-    evaluate.add_argument("--file", type=Path, help="labelled file with the columns of the task, instead of a split")
-    predict.add_argument("input", metavar="INPUT", type=Path, help="file with the text columns of the run's task")
-    predict.add_argument("output", metavar="OUTPUT", type=Path, help="file for the labels and probabilities")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
-
-    report = group.add_parser("report", help="tables and plots of finished runs", **options)
-    report.add_argument(
-        "runs",
-        metavar="RUNS",
-        type=Path,
-        nargs="+",
-        help="run folders, or folders of them; or the results.parquet of a study",
-    )
-    report.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
-    report.add_argument(
-        "--baseline", default="vanilla", help="method that the others are compared with (default: vanilla)"
-    )
-    return parser, group.choices
 
 
 # Each command imports what it needs, so that `agwm --help` and a typing error answer at once.
@@ -216,7 +79,7 @@ def _train(parsed: argparse.Namespace, overrides: list[str]) -> int:
 
     if parsed.help:
         sections = (f"  {name:<23}  {field.description}" for name, field in Config.model_fields.items())
-        print(_TRAIN_HELP.format(sections="\n".join(sections)), end="")
+        print(TRAIN_HELP.format(sections="\n".join(sections)), end="")
         return OK
     config = load_config(parsed.config, overrides)
     if config.run.deterministic:
@@ -324,7 +187,8 @@ def _eval(parsed: argparse.Namespace, _: list[str]) -> int:
 def _predict(parsed: argparse.Namespace, _: list[str]) -> int:
     from agwm_jax.runs.finished import predict_file
 
-    count = predict_file(parsed.run, parsed.input, parsed.output, model=parsed.model)
+    separator = parsed.separator
+    count = predict_file(parsed.run, parsed.input, parsed.output, model=parsed.model, separator=separator)
     print(f"{count} predictions: {parsed.output}")
     return OK
 
@@ -373,8 +237,8 @@ def _settings(parsed: argparse.Namespace, _: list[str]) -> int:
 
 
 def _list(parsed: argparse.Namespace, _: list[str]) -> int:
-    for kind in [parsed.kind] if parsed.kind else _REGISTRIES:
-        module, name = _REGISTRIES[kind]
+    for kind in [parsed.kind] if parsed.kind else REGISTRIES:
+        module, name = REGISTRIES[kind]
         registry = getattr(importlib.import_module(module), name)
         if not parsed.kind:
             print(textwrap.fill(f"{kind}: {', '.join(registry)}", 120, subsequent_indent="  "))

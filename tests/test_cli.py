@@ -93,8 +93,11 @@ def test_a_negative_value_is_a_value(library, capsys):
         (["eval", "r", "--split", "test"], ("evaluate", Path("r"), "test", None, None)),
         (["eval", "r", "--file", "f.csv"], ("evaluate", Path("r"), None, Path("f.csv"), None)),
         (["eval", "r", "--model", "m"], ("evaluate", Path("r"), None, None, "m")),
-        (["predict", "[r]*", "i{}", "o?"], ("predict_file", Path("[r]*"), Path("i{}"), Path("o?"), None)),
-        (["predict", "r", "i", "o", "--model", "m"], ("predict_file", Path("r"), Path("i"), Path("o"), "m")),
+        (["predict", "[r]*", "i{}", "o?"], ("predict_file", Path("[r]*"), Path("i{}"), Path("o?"), None, None)),
+        (
+            ["predict", "r", "i", "o", "--model", "m", "--separator", ";"],
+            ("predict_file", Path("r"), Path("i"), Path("o"), "m", ";"),
+        ),
         (["export", "r", "f"], ("export", Path("r"), Path("f"), None)),
         (["export", "r", "f", "--model", "m"], ("export", Path("r"), Path("f"), "m")),
         (["report", "r", "s"], ("write_report", [Path("r"), Path("s")], Path("report"), "vanilla")),
@@ -106,6 +109,14 @@ def test_each_command_makes_its_call(library, arguments, call):
     library.answer["write_report"] = types.SimpleNamespace(markdown="", files=[Path("report/report.md")])
     assert main(arguments) == 0
     assert library.calls == [call]
+
+
+def test_the_help_of_compare_names_the_methods_that_are_tried(capsys):
+    from agwm_jax.selection.trials import METHODS_TRIED
+
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert f"default: {' '.join(METHODS_TRIED)}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_compare_hands_on_its_options_and_the_settings(library, capsys):

@@ -5,6 +5,9 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+import yaml
+
+import agwm_jax
 
 PAGES = ("README.md", "docs/library.md")
 
@@ -58,3 +61,11 @@ def test_the_readme_is_one_page_and_its_links_lead_somewhere(request):
     assert len(text.splitlines()) <= 120
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert [target for target in targets if not (root / target).exists()] == []
+
+
+def test_the_citation_is_of_this_version(request):
+    said = yaml.safe_load((request.config.rootpath / "CITATION.cff").read_text())
+    changelog = (request.config.rootpath / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## \[(.+)\] - (.+)$", changelog, re.MULTILINE)
+    assert (said["version"], str(said["date-released"])) == newest.groups()
+    assert said["version"] == agwm_jax.__version__

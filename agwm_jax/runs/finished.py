@@ -14,7 +14,7 @@ from agwm_jax.data.predictions import read_texts, write_predictions
 from agwm_jax.data.tasks import LabelScale, Task
 from agwm_jax.errors import AgwmError
 from agwm_jax.runs.build import build_method, check_length, read_model, recipe, rows_read, seeded
-from agwm_jax.runs.fitted import DESCRIPTION, FittedModel, Predictions, Texts, load_exported
+from agwm_jax.runs.fitted import DESCRIPTION, FittedModel, Predictions, Texts, load_exported, read_description
 from agwm_jax.runs.folder import read_config, read_result, weights_digest
 from agwm_jax.runs.variables import Origin, load_variables, method_settings
 from agwm_jax.settings.schema import Config
@@ -113,11 +113,15 @@ def load_model(folder: Place, *, model: str | None = None) -> FittedModel:
     Raises:
         AgwmError: it is neither; see `load_run` and `load_exported`.
     """
-    if (Path(folder) / "config.yaml").exists() or not (Path(folder) / DESCRIPTION).exists():
+    if not _is_exported(folder):
         return load_run(folder, model=model).model
     if model is not None:
         raise AgwmError(f"{folder} is an exported model, which holds all its weights: leave out --model.")
     return load_exported(folder)
+
+
+def _is_exported(folder: Place) -> bool:
+    return (Path(folder) / DESCRIPTION).exists()
 
 
 def predict(folder: Place, texts: Texts, *, model: str | None = None) -> Predictions:
@@ -145,12 +149,13 @@ def predict_file(
     check_extension(output_file)
     if output_file.exists():
         raise AgwmError(f"{output_file} exists; name another file, nothing is overwritten.")
+    if _is_exported(folder):  # bad texts are refused before any weight is read
+        columns = read_description(folder).text_columns
+    else:
+        source = read_config(folder).task
+        columns, separator = source.columns()[0], separator or source.separator
+    texts = read_texts(input_file, text_columns=columns, separator=separator or ",")
     fitted = load_model(folder, model=model)
-    if separator is None:
-        is_run = (Path(folder) / "config.yaml").exists()
-        separator = read_config(Path(folder)).task.separator if is_run else ","
-    columns = fitted.text_columns[: 2 if fitted.task.pair else 1]
-    texts = read_texts(input_file, text_columns=columns, separator=separator)
     found = fitted.predict_split(texts.split, input_file.name)
     write_predictions(
         output_file,

@@ -162,36 +162,61 @@ class FittedModel(NamedTuple):
         return {"format": FORMAT, "task": task, **reading}
 
 
+class Description(NamedTuple):
+    """What the agwm.json of an exported folder says."""
+
+    task: Task
+    """Its splits are not there."""
+    max_length: int
+    temperature: float
+    text_columns: tuple[str, ...]
+
+
+def read_description(folder: str | os.PathLike[str]) -> Description:
+    """What an exported folder is for.
+
+    Raises:
+        AgwmError: there is none, it is damaged, or a newer version wrote it.
+    """
+    path = Path(folder) / DESCRIPTION
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        version = said["format"]
+        if version == FORMAT:
+            described = said["task"]
+            lists = {name: tuple(described[name]) for name in ("label_names", "metrics")}
+            task = Task(**{**described, **lists, "splits": {}})
+            return Description(
+                task, int(said["max_length"]), float(said["temperature"]), tuple(map(str, said["text_columns"]))
+            )
+    except FileNotFoundError:
+        raise AgwmError(f"{folder} is no exported model (it has no {DESCRIPTION}).") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise AgwmError(f"{path} cannot be read ({error}): export the model again.") from None
+    raise AgwmError(f"{path} has format {version}, this version of agwm_jax reads {FORMAT}: install a newer one.")
+
+
 def load_exported(folder: str | os.PathLike[str]) -> FittedModel:
     """Read a folder that `FittedModel.save`, `agwm export` or `agwm compare` wrote.
 
     Raises:
         AgwmError: it is no such folder, a file of it is damaged, or a newer version wrote it.
     """
-    folder = Path(folder)
-    path = folder / DESCRIPTION
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        version = said["format"]
-    except FileNotFoundError:
-        raise AgwmError(f"{folder} is neither a run folder nor an exported model (it has no {DESCRIPTION}).") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise AgwmError(f"{path} cannot be read ({error}): export the model again.") from None
-    if version != FORMAT:
-        raise AgwmError(f"{path} has format {version}, this version of agwm_jax reads {FORMAT}: install a newer one.")
-    try:
-        described = said["task"]
-        lists = {name: tuple(described[name]) for name in ("label_names", "metrics")}
-        task = Task(**{**described, **lists, "splits": {}})
-        data = Data(max_length=said["max_length"])
-        temperature, columns = float(said["temperature"]), tuple(said["text_columns"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise AgwmError(f"{path} is damaged ({error}): export the model again.") from None
-    pretrained = load_pretrained(folder, num_labels=max(1, len(task.label_names)), label_names=task.label_names or None)
+    said = read_description(folder)
+    names = said.task.label_names
+    pretrained = load_pretrained(folder, num_labels=max(1, len(names)), label_names=names or None)
     if pretrained.head_initialised:
-        raise AgwmError(f"{folder} holds no classifier for {', '.join(task.label_names) or 'scores'}: export it again.")
+        raise AgwmError(f"{folder} holds no classifier for {', '.join(names) or 'scores'}: export it again.")
     params: Params = {path: jnp.asarray(x) for path, x in pretrained.params.items()}
-    return FittedModel(task, pretrained, params, None, data, temperature=temperature, text_columns=columns)
+    return FittedModel(
+        said.task,
+        pretrained,
+        params,
+        None,
+        Data(max_length=said.max_length),
+        temperature=said.temperature,
+        text_columns=said.text_columns,
+    )
 
 
 def _split_of(texts: Texts, *, pair: bool) -> "datasets.Dataset":

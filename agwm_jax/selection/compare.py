@@ -4,37 +4,30 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from agwm_jax.data.draws import Rows
 from agwm_jax.data.files import read_table, write_table
 from agwm_jax.data.tasks import Task
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.interface import METHODS
 from agwm_jax.models.huggingface import Pretrained
 from agwm_jax.runs import folder as run_folder
-from agwm_jax.runs.build import digests, read_model
+from agwm_jax.runs.build import read_model
 from agwm_jax.runs.compare import settings_of
 from agwm_jax.runs.fitted import FittedModel, load_exported
-from agwm_jax.runs.fitting import Result, fit
-from agwm_jax.runs.run import refuse_changed_data
-from agwm_jax.runs.sweep import LOG, Cell, sweep
+from agwm_jax.runs.fitting import fit
 from agwm_jax.selection import pages
 from agwm_jax.selection.columns import Columns, guess_columns
 from agwm_jax.selection.findings import findings
-from agwm_jax.selection.trials import METHODS_TRIED, check_methods, factors, passes, rates
-from agwm_jax.selection.verdict import Calibration, Scored, Trial, calibrate, recommend, score, sentences
+from agwm_jax.selection.rounds import CONFIG, Rounds, Tell
+from agwm_jax.selection.trials import METHODS_TRIED, check_methods
+from agwm_jax.selection.verdict import Calibration, Scored, calibrate, recommend, score, sentences
 from agwm_jax.settings import Config, dump_config, load_config, strict_yaml
 
-CONFIG, RUNS, MODEL, ANSWER = "compare.yaml", "runs", "model", "compare.json"
-_FEW_FOLDS = 3
-_START = 25.0
-"""Seconds that a process takes to start and compile, about; for what is left to be tried."""
-Tell = Callable[[str], None]
+MODEL, ANSWER = "model", "compare.json"
 
 
 class Comparison(NamedTuple):
@@ -57,7 +50,7 @@ class Comparison(NamedTuple):
     calibration: Calibration | None
     """Of the recommended method on held-out texts; None for a regression."""
     model: FittedModel
-    """The recommended method, trained on the whole file; in `pages.card` too."""
+    """The recommended method, trained on the whole file."""
     test_scores: dict[str, float]
     """Of `model` on the test file; empty without one."""
     warnings: list[str]
@@ -125,21 +118,26 @@ def compare(
     tell(f"{file}: texts in {' and '.join(columns.text)}, labels in {columns.label} ({columns.kind})")
     for sentence in found:
         tell(f"  {sentence}")
-    trials = _Trials(config, output, settings, methods, rows, task, pretrained, tell)
-    trials.run(began, budget)
-    held = trials.seeds
-    labels = [np.asarray(task.splits["train"]["label"])[rows[seed]["validation"]] for seed in held]
-    scored = [score(name, tried, labels, task.metrics) for name, tried in trials.tried.items() if tried]
+    rounds = Rounds(config, output, settings, methods, rows, task, pretrained.config.hidden_size, tell)
+    rounds.run(began, budget)
+    held = [rows[seed]["validation"] for seed in rounds.seeds]
+    labels = [np.asarray(task.splits["train"]["label"])[each] for each in held]
+    scored = [score(name, tried, labels, task.metrics) for name, tried in rounds.tried.items() if tried]
     if not scored:
-        raise AgwmError(f"no method could be trained: {' '.join(trials.notes)}")
+        raise AgwmError(f"no method could be trained: {' '.join(rounds.notes)}")
     metric = task.metrics[0]
     best = recommend(scored, metric)
-    calibration = calibrate(best.logits, np.concatenate(labels)) if task.kind == "classification" else None
     said = sentences(scored, best, metric, guessing=_guessing(np.concatenate(labels), metric))
     tell("\n" + pages.table(scored, task.metrics))
     for sentence in said:
         tell(sentence)
-    final = trials.config(best.method, best.factor)
+    calibration = calibrate(best.logits, np.concatenate(labels)) if task.kind == "classification" else None
+    final = rounds.config(best.method, best.factor)
+    before = _finished_before(output, best)
+    if before is None:
+        tell(f"training {best.method} on all {len(task.splits['train'])} texts")
+        temperature = 1.0 if calibration is None else calibration.temperature
+        trained = _fit(pretrained, task, final, temperature=temperature, text_columns=columns.text)
     comparison = Comparison(
         columns=columns,
         task=task,
@@ -147,17 +145,15 @@ def compare(
         scored=scored,
         recommended=best,
         sentences=said,
-        notes=trials.notes,
-        rows=np.concatenate([rows[seed]["validation"] for seed in held]),
+        notes=rounds.notes,
+        rows=np.concatenate(held),
         calibration=calibration,
-        model=FittedModel(task, pretrained, {}, None, final.data),  # until it is trained
-        test_scores={},
-        warnings=[],
         encoder=encoder,
         settings=final,
+        **(before or trained)._asdict(),
     )
-    comparison = _trained(comparison, output, tell)
-    pages.write(comparison, output)
+    _write(comparison, output, anew=before is None)
+    tell(f"model: {output / MODEL}{'' if before is None else ' (as it was)'}")
     return comparison
 
 
@@ -222,182 +218,51 @@ def _with_settings(raw: dict[str, Any], output: Path, settings: Sequence[str]) -
     return load_config(path, settings_of("vanilla", settings))
 
 
-class _Trials:
-    """All trainings of a comparison, in the order in which they are worth their time."""
+class _Final(NamedTuple):
+    """What training on the whole file gave: these fields of `Comparison`."""
 
-    def __init__(
-        self,
-        config: Config,
-        output: Path,
-        settings: Sequence[str],
-        methods: Sequence[str],
-        rows: Sequence[Rows],
-        task: Task,
-        pretrained: Pretrained,
-        tell: Tell,
-    ):
-        self.base, self.output, self.settings, self.tell = config, output, settings, tell
-        self.factors = factors(pretrained.config.hidden_size)
-        self.passes = passes(len(rows[0]["train"]), config.data.batch_size)
-        self.metric, self.seeds = task.metrics[0], tuple(range(len(rows)))
-        self.cells = {(name, x): self._cell(name, x, self.seeds) for x in self.factors for name in methods}
-        self.tried: dict[str, list[Trial]] = {name: [] for name in methods}
-        self.data = digests(config)
-        self.notes: list[str] = []
-        self.failed: list[str] = []
-
-    def words(self, method: str, factor: float) -> list[str]:
-        """Settings of a method at a rate; all methods pass over the training texts equally often."""
-        own, given = ["--method", method, *rates(method, factor)], settings_of(method, self.settings)
-        extra = load_config(self.output / CONFIG, [*own, *given]).method.extra_passes
-        return [*own, "--finetune.epochs", str(max(1, self.passes - extra)), *given]
-
-    def config(self, method: str, factor: float) -> Config:
-        """See `words`."""
-        return load_config(self.output / CONFIG, self.words(method, factor))
-
-    def _cell(self, method: str, factor: float, seeds: Sequence[int]) -> Cell:
-        words = ("--config", str(self.output / CONFIG), *self.words(method, factor))
-        return Cell(self.base.task.name, method, {"rate": f"{factor:.3g}x"}, words, tuple(seeds), (), "vanilla")
-
-    def run(self, began: float, budget: float | None) -> None:
-        """Try every method at the first rate, then at the next ones as far as the time goes; equally often for all.
-
-        A method without a rate is tried once.
-        """
-        ends = None if budget is None else began + budget
-        if ends is not None:
-            self._fit_folds(ends)
-        for number, factor in enumerate(self.factors):
-            round_began = time.monotonic()
-            methods = [name for name in self.tried if number == 0 or METHODS[name].value.has_rate]
-            if not methods:
-                break
-            for place, method in enumerate(methods):
-                # The first round may leave methods out; a later one is whole or not begun.
-                if number == 0 and place > 1 and ends is not None and time.monotonic() + self._next() > ends:
-                    self.notes.append(
-                        f"The time was too short for {', '.join(methods[place:])}. A longer --budget goes on from here."
-                    )
-                    break
-                self._try(method, factor)
-            spent = time.monotonic() - round_began
-            if ends is not None and number + 1 < len(self.factors) and time.monotonic() + spent + self._final() > ends:
-                others = " and ".join(f"{x:.3g}" for x in self.factors[number + 1 :])
-                self.notes.append(
-                    f"The time was too short for other learning rates ({others} times the default). A longer --budget "
-                    "goes on from here."
-                )
-                break
-        for name in self.failed:
-            self.notes.append(f"{name} failed; its log says why.")
-
-    def _fit_folds(self, ends: float) -> None:
-        """Hold out fewer folds where all of them would take longer than there is time for."""
-        pilot = next((name for name in self.tried if METHODS[name].value.has_rate), None)
-        if pilot is None:
-            return
-        first = self._cell(pilot, self.factors[0], (0,))
-        sweep([first], self.output / RUNS)
-        result = run_folder.read_result(self.output / RUNS / first.name / "seed-0")
-        if result is None:  # it fails again in its turn, and is told then
-            return
-        once, folds = _seconds(result), len(self.seeds)
-
-        def expected(count: int) -> float:
-            return time.monotonic() + len(self.tried) * (_START + count * once) + _START + once
-
-        count = next((k for k in range(folds, _FEW_FOLDS, -1) if expected(k) <= ends), min(folds, _FEW_FOLDS))
-        if count < folds:
-            self.notes.append(
-                f"The time was too short to hold out all {folds} folds: the scores are of {count} of them."
-            )
-            self.seeds = self.seeds[:count]
-            self.cells = {key: self._cell(*key, self.seeds) for key in self.cells}
-
-    def _next(self) -> float:
-        """Seconds that the next method and the final training will take, about."""
-        return _START + len(self.seeds) * self._longest() + self._final()
-
-    def _final(self) -> float:
-        """Seconds that the training on everything will take, about."""
-        return _START + 1.25 * self._longest()
-
-    def _longest(self) -> float:
-        return max((trial.seconds for tried in self.tried.values() for trial in tried), default=0.0)
-
-    def _try(self, method: str, factor: float) -> None:
-        cell = self.cells[method, factor]
-        folders = [self.output / RUNS / cell.name / f"seed-{seed}" for seed in self.seeds]
-        for folder in folders:
-            refuse_changed_data(folder, self.data)
-        sweep(list(self.cells.values()), self.output / RUNS, only=[cell.name])
-        results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
-        if len(results) < len(folders):  # a fold diverged, or the process failed
-            self.failed.append(cell.name)
-            self.tell(f"{cell.name} failed: see {self.output / RUNS / cell.name / LOG}")
-            return
-        scores = tuple(result["scores"]["validation"][self.metric] for result in results)
-        logits = tuple(run_folder.read_logits(folder)["validation"] for folder in folders)
-        seconds = float(np.mean([_seconds(result) for result in results]))
-        self.tried[method].append(Trial(factor, logits, scores, seconds))
-        rate = f" at {factor:.3g} times its rate" if METHODS[method].value.has_rate else ""
-        mean = f"{100 * np.mean(scores):.1f} (mean of {len(scores)} folds, {seconds:.0f} s each)"
-        self.tell(f"{method}{rate}: {self.metric} {mean}")
+    model: FittedModel
+    test_scores: dict[str, float]
+    warnings: list[str]
 
 
-def _seconds(result: Mapping[str, Any]) -> float:
-    """Of a run, without compiling."""
-    return result["seconds"]["total"] - result["seconds"].get("compile", 0.0)
+def _finished_before(output: Path, best: Scored) -> _Final | None:
+    """The final model of an earlier call that recommended the same."""
+    path = output / ANSWER
+    if not path.exists() or not (output / MODEL).exists():
+        return None
+    said = json.loads(path.read_text(encoding="utf-8"))
+    if said["recommended"] != pages.recommended(best):
+        return None
+    return _Final(load_exported(output / MODEL), said["test_scores"], said["warnings"])
 
 
-def _trained(comparison: Comparison, output: Path, tell: Tell) -> Comparison:
-    """Train what is recommended on the whole file and save it, or read it where that was done."""
-    folder, before = output / MODEL, _read_answer(output / ANSWER)
-    if folder.exists() and before is not None and before["recommended"] == pages.answer(comparison)["recommended"]:
-        tell(f"model: {folder} (as it was)")
-        comparison = comparison._replace(
-            model=load_exported(folder), test_scores=before["test_scores"], warnings=before["warnings"]
-        )
-        run_folder.write_text(folder / "README.md", pages.card(comparison))  # other methods may have been tried since
-        _write_answer(comparison, output)
-        return comparison
-    task, best = comparison.task, comparison.recommended
-    tell(f"training {best.method} on all {len(task.splits['train'])} texts")
-    result = fit_final(comparison)
-    temperature = 1.0 if comparison.calibration is None else comparison.calibration.temperature
-    model = result.model._replace(temperature=temperature, text_columns=comparison.columns.text)
-    comparison = comparison._replace(
-        model=model,
-        test_scores=result.scores.get("test", {}),
-        # What is cut is among the findings.
-        warnings=[warning["message"] for warning in result.warnings if warning["name"] != "texts_truncated"],
-    )
-    if folder.exists():
-        shutil.rmtree(folder)
-    model.save(folder, beside={"README.md": pages.card(comparison), "training.yaml": dump_config(comparison.settings)})
-    _write_answer(comparison, output)
-    tell(f"model: {folder}")
-    return comparison
-
-
-def fit_final(comparison: Comparison) -> Result:
+def _fit(pretrained: Pretrained, task: Task, settings: Config, *, temperature: float, text_columns: Any) -> _Final:
     """The recommended method on the whole file, as it was trained on the folds."""
-    settings = comparison.settings
-    return fit(
-        comparison.model.pretrained,
+    result = fit(
+        pretrained,
         settings.method,
-        comparison.task,
+        task,
         finetune=settings.finetune.model_dump(mode="json"),
         data=settings.data.model_dump(mode="json"),
         techniques={each.name: each.model_dump(mode="json", exclude={"name"}) for each in settings.techniques.chosen},
         frozen=settings.model.frozen,
     )
+    model = result.model._replace(temperature=temperature, text_columns=text_columns)
+    # What is cut is among the findings.
+    warnings = [each["message"] for each in result.warnings if each["name"] != "texts_truncated"]
+    return _Final(model, result.scores.get("test", {}), warnings)
 
 
-def _write_answer(comparison: Comparison, output: Path) -> None:
+def _write(comparison: Comparison, output: Path, *, anew: bool) -> None:
+    """The model, if it is new, its card, the answer and the reports; the answer last, for it says that the model is."""
+    folder, card = output / MODEL, pages.card(comparison)
+    if anew:
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside = {"README.md": card, "training.yaml": dump_config(comparison.settings)}
+        comparison.model.save(folder, beside=beside)
+    else:
+        run_folder.write_text(folder / "README.md", card)  # other methods may have been tried since
+    pages.write(comparison, output)
     run_folder.write_text(output / ANSWER, json.dumps(pages.answer(comparison), indent=2) + "\n")
-
-
-def _read_answer(path: Path) -> Mapping[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,7 +1,6 @@
 """What a comparison is told in: a table for the terminal, report.md and report.html, a model card, compare.json."""
 
 import datetime
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import softmax
 
+from agwm_jax import __version__
 from agwm_jax.methods.interface import METHODS
 from agwm_jax.runs import folder as run_folder
 from agwm_jax.selection.verdict import Scored, confusion, per_class
@@ -32,9 +32,14 @@ def table(scored: Sequence[Scored], names: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
+def recommended(best: Scored) -> dict[str, Any]:
+    """What was recommended, as JSON has it: tells whether a later call recommends the same."""
+    return {"method": best.method, "rate_factor": best.factor, "scores": best.scores}
+
+
 def answer(comparison: "Comparison") -> dict[str, Any]:
     """What was found, as JSON has it."""
-    calibration, best = comparison.calibration, comparison.recommended
+    calibration = comparison.calibration
     methods = {
         each.method: {
             "scores": each.scores,
@@ -47,7 +52,7 @@ def answer(comparison: "Comparison") -> dict[str, Any]:
         for each in comparison.scored
     }
     return {
-        "recommended": {"method": best.method, "rate_factor": best.factor, "scores": best.scores},
+        "recommended": recommended(comparison.recommended),
         "sentences": comparison.sentences,
         "notes": comparison.notes,
         "findings": comparison.findings,
@@ -57,7 +62,7 @@ def answer(comparison: "Comparison") -> dict[str, Any]:
         "test_scores": comparison.test_scores,
         "warnings": comparison.warnings,
         "encoder": comparison.encoder,
-        "version": importlib.metadata.version("agwm-jax"),
+        "version": __version__,
     }
 
 
@@ -109,7 +114,7 @@ def card(comparison: "Comparison") -> str:
             table(comparison.scored, names),
             *(f"- {sentence}" for sentence in (*comparison.sentences, *comparison.notes)),
             "",
-            f"Settings: `training.yaml`. agwm_jax {importlib.metadata.version('agwm-jax')}.",
+            f"Settings: `training.yaml`. agwm_jax {__version__}.",
             "",
         ]
     )
@@ -146,7 +151,8 @@ def _markdown(comparison: "Comparison") -> str:
         *(f"- {sentence}" for sentence in (*comparison.sentences[1:], *comparison.notes)),
         "",
         "Each score is over all held-out texts together; the rate of a fold was chosen by the other folds. Intervals "
-        "are by resampling texts: they say nothing of the luck of a training.",
+        "are by resampling texts: they say nothing of the luck of a training. The best of several methods is chosen by "
+        "these same scores, so its own is a little too good.",
         "",
         *([f"Final model on the test file: {_scores(comparison.test_scores)}.", ""] if comparison.test_scores else []),
         "## The data",
@@ -185,7 +191,7 @@ def _html(comparison: "Comparison") -> str:
         hardest=_hardest(comparison, labels),
         groups=_groups(comparison, labels),
         scores=_scores,
-        version=importlib.metadata.version("agwm-jax"),
+        version=__version__,
         today=datetime.date.today().isoformat(),
         settings=json.dumps(comparison.settings.model_dump(mode="json"), indent=2),
     )

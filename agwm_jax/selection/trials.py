@@ -42,18 +42,21 @@ def passes(num_examples: int, batch_size: int) -> int:
 
 
 def all_methods() -> tuple[str, ...]:
-    """Names of all methods that can be compared: those that train something."""
-    return tuple(name for name in METHODS if name != "zero_shot")
+    """Names of all methods that can be compared on folds by their default settings."""
+    return tuple(name for name in METHODS if _trains(name) and not METHODS[name].value().reads)
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Raise AgwmError where one is unknown, given twice, or leaves no model of its own to export."""
+    """Raise AgwmError where one is unknown, given twice, or trains nothing that could be exported."""
     for name in names:
-        METHODS[name]  # an unknown one: says which are near
+        if not _trains(name):
+            raise AgwmError(f"--methods: {name} trains nothing, so there is no model of its own; leave it out")
     if len(set(names)) < len(names):
         raise AgwmError(f"--methods {' '.join(names)}: one is given twice")
-    if "zero_shot" in names:
-        raise AgwmError("--methods: zero_shot trains nothing, and there is no model of its own to export; leave it out")
+
+
+def _trains(name: str) -> bool:
+    return METHODS[name].facts["cost"] != "0"
 
 
 def seconds_of(text: str) -> float:

@@ -1,7 +1,7 @@
 """What cross-validated predictions say: scores with intervals, which method to take, and how far to believe it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -71,8 +71,7 @@ class Difference(NamedTuple):
 def score(method: str, trials: Sequence[Trial], labels: Sequence[np.ndarray], names: Sequence[str]) -> Scored:
     """One method over all folds.
 
-    The rate of a fold is the one with the best mean over the *other* folds, so that no text helps to choose what it is
-    scored with.
+    The rate of a fold is the one with the best mean over the *other* folds: no fold's own score chooses its rate.
 
     Args:
         method: its name.
@@ -239,8 +238,3 @@ def per_class(table: Int[np.ndarray, "c c"]) -> list[tuple[float, float, int]]:
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = np.diag(table) / table.sum(0), np.diag(table) / table.sum(1)
     return [(float(p), float(r), int(n)) for p, r, n in zip(precision, recall, table.sum(1), strict=True)]
-
-
-def rows_by_fold(folds: Sequence[Mapping[str, np.ndarray]]) -> Int[np.ndarray, "n"]:
-    """Row numbers in the file of the texts in `Scored.logits`."""
-    return np.concatenate([rows["validation"] for rows in folds])

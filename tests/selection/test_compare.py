@@ -12,10 +12,12 @@ import pytest
 from agwm_jax import AgwmError, load_exported, predict
 from agwm_jax.cli import main
 from agwm_jax.data.agreement import agreement_task
-from agwm_jax.selection.compare import MODEL, RUNS, compare
+from agwm_jax.selection.compare import MODEL, compare
+from agwm_jax.selection.rounds import RUNS
 
 ROWS, FOLDS = 48, 3
 WORDS = ("--model.unroll_layers", "1", "--data.max_length", "40", "--data.batch_size", "8")
+ENOUGH = ["text,label", *(f"the text {row},{'ab'[row % 2]}" for row in range(12))]
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -90,6 +92,10 @@ def test_the_model_is_read_anywhere_and_gives_calibrated_probabilities(found, fi
     rows = list(csv.DictReader((tmp_path / "labelled.csv").read_text().splitlines()))
     assert [row["prediction"] for row in rows[:5]] == again.labels
     assert [row["id"] for row in rows] == [f"T-{row}" for row in range(ROWS)]
+    other = tmp_path / "other.csv"
+    other.write_text("id;body\nT-0;One text.\n")
+    assert main(["predict", str(output / MODEL), str(other), str(tmp_path / "a.csv"), "--separator", ";"]) == 0
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
     for name in ("model.safetensors", "config.json", "README.md", "training.yaml", "agwm.json"):
         assert (output / MODEL / name).stat().st_mode & 0o077 == (output / MODEL / "config.json").stat().st_mode & 0o077
     assert json.loads((output / MODEL / "tokenizer_config.json").read_text())["model_max_length"] == 40
@@ -172,6 +178,8 @@ def test_pairs_with_scores_in_memory_and_a_test_file(tiny_checkpoint, tmp_path, 
 
 def test_another_comparison_does_not_take_its_place(found, file, tiny_checkpoint):
     _, output = found
+    with pytest.raises(AgwmError, match=r"holds a run of another config .*data.batch_size"):
+        run(file, tiny_checkpoint, output, [], settings=(*WORDS, "--data.batch_size", "4"))
     with pytest.raises(AgwmError, match=r"holds another comparison .* choose another --output"):
         run(file, tiny_checkpoint, output, [], folds=4)
 
@@ -183,7 +191,13 @@ def test_another_comparison_does_not_take_its_place(found, file, tiny_checkpoint
         (["text,label", "one two,a", "three four,a", "five six,a"], {}, "are of the class 'a'"),
         (["text,label", "one two,a", "three four,b"], {"group": "author"}, "no column 'author'"),
         (["text,label", "one two,a", "three four,b"], {"test": "none.csv"}, "no file .*none.csv"),
-        (["text,label", "one two,a", "three four,b"], {"methods": ("vanila",)}, "did you mean 'vanilla'|vanilla"),
+        (["text,label", "one two,a", "three four,b"], {"methods": ("vanila",)}, "vanilla"),
+        (
+            ENOUGH,
+            {"methods": ("probe", "wise_ft")},
+            "wise_ft reads a development split, which the folds of one file lack",
+        ),
+        (ENOUGH, {"settings": ("--finetune.epoch", "2")}, "finetune.epochs"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(rows, options, sentence, tiny_checkpoint, tmp_path):
