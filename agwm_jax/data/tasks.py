@@ -1,11 +1,12 @@
 """What a task is, the unit of its labels, and training without leaked texts."""
 
+import difflib
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Num
+from jaxtyping import Float, Float32, Int, Num
 
 from agwm_jax.data.wording import listed, normal_form, quoted
 from agwm_jax.errors import AgwmError
@@ -61,6 +62,34 @@ def label_scale(task: Task) -> LabelScale | None:
         return None
     labels = np.asarray(task.splits["train"]["label"], np.float64)
     return LabelScale(float(labels.mean()), float(labels.std()))
+
+
+def class_weights(
+    labels: Int[np.ndarray, "n"], label_names: Sequence[str], weights: Literal["balanced"] | Mapping[str, float]
+) -> Float32[np.ndarray, "c"]:
+    """What an example of each class counts in the loss.
+
+    Args:
+      labels: class numbers of the training set.
+      label_names: of the c classes.
+      weights: "balanced", ``n / (c n_k)`` of a class with n_k examples, over the c classes that have any (as
+        scikit-learn); or numbers by class name, 1 for the others.
+
+    Raises:
+      AgwmError: a name is none of the classes.
+    """
+    if weights == "balanced":
+        counts = np.bincount(labels, minlength=len(label_names))
+        return (len(labels) / (np.count_nonzero(counts) * np.maximum(counts, 1))).astype(np.float32)
+    numbers = {normal_form(name): index for index, name in enumerate(label_names)}
+    found = np.ones(len(label_names), np.float32)
+    for name, weight in weights.items():
+        if normal_form(name) not in numbers:
+            near = difflib.get_close_matches(name, label_names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise AgwmError(f"loss.class_weights: {name!r} is none of the classes {listed(label_names)}{hint}")
+        found[numbers[normal_form(name)]] = weight
+    return found
 
 
 def drop_leaked(task: Task) -> Task:

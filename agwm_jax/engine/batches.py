@@ -22,11 +22,12 @@ def gather(
         key: split into one dropout key a batch; none for evaluation.
 
     Returns:
-        Every column as ``[*k, b, ...]``, ``weight`` (1, or 0 for padding) and, with a key, ``key [*k]``.
+        Every column as ``[*k, b, ...]``, ``weight`` (that of the data, else 1; 0 for padding) and, with a
+        key, ``key [*k]``.
     """
     real = rows >= 0
     batch = {name: column[jnp.where(real, rows, 0)] for name, column in data.items()}
-    batch["weight"] = real.astype(jnp.float32)
+    batch["weight"] = real.astype(jnp.float32) * batch.get("weight", 1)
     if key is not None:
         batch["key"] = jax.random.split(key, rows.shape[:-1]) if rows.ndim > 1 else key
     return batch

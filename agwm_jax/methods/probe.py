@@ -44,8 +44,9 @@ class Probe(MethodSettings):
     Its weights are then the logistic regression ``min |W|^2 / 2 + C sum_i loss_i`` with C out of ten from 1e-4 to 1e4,
     chosen by log-loss over `folds` stratified folds (as many as the smallest class has examples, if that is fewer; C =
     1 where that is one), or for a regression the ridge, its strength chosen by leave-one-out. The bias is not
-    penalised. Layers of the classifier before the last are part of the features: fresh ones are random, so a family
-    with a classifier of two layers probes a random projection.
+    penalised; examples count as `loss.class_weights` says, and labels are not smoothed. Layers of the classifier before
+    the last are part of the features: fresh ones are random, so a family with a classifier of two layers probes a
+    random projection.
 
     Cost 1/3 fb a step, and the fit on the host (seconds for a few hundred texts, a minute for five thousand); memory of
     the weights and of one vector a text. What fine-tuning has to beat, and often enough on a few dozen texts. Source:
@@ -65,6 +66,7 @@ class Probe(MethodSettings):
 class _Read(NamedTuple):
     features: Float[Array, "n d"]
     labels: Shaped[Array, " n"]
+    weight: Float[Array, " n"]
 
 
 def head_phase(setup: Setup, *, folds: int) -> Phase:
@@ -89,13 +91,13 @@ def head_phase(setup: Setup, *, folds: int) -> Phase:
     def start(context: Context, key: Key[Array, ""]) -> _Read:
         del context, key
         label = jnp.float32 if setup.kind == "regression" else jnp.int32
-        return _Read(jnp.zeros((plan.size, inputs), dtype), jnp.zeros(plan.size, label))
+        return _Read(jnp.zeros((plan.size, inputs), dtype), jnp.zeros(plan.size, label), jnp.zeros(plan.size))
 
     def step(state: _Read, context: Context, batches: Batches, key, step) -> tuple[_Read, Info]:
         del key
         batch = batches["train"]
         found = head_inputs(setup.model, replace_weights(context.pretrained, context.learnt), batch)
-        read = _Read(found, batch["labels"])
+        read = _Read(found, batch["labels"], batch["weight"])
 
         def write(all_, own):
             return jax.lax.dynamic_update_slice_in_dim(all_, own.astype(all_.dtype), step * batch_size, 0)
@@ -129,6 +131,7 @@ def head_inputs(model: Model, params: Effective, batch: Batch) -> Float[Array, "
 def fit_head(
     features: Float[np.ndarray, "n d"],
     labels: Shaped[np.ndarray, " n"],
+    weight: Float[np.ndarray, " n"],
     *,
     kind: str,
     num_classes: int,
@@ -146,7 +149,7 @@ def fit_head(
     if kind == "regression":
         ridge = RidgeCV(alphas=1 / STRENGTHS).fit(features, np.asarray(labels, np.float64))
         return ridge.coef_[:, None], np.atleast_1d(ridge.intercept_)
-    found = _logistic(features, labels, folds)
+    found = _logistic(features, labels, None if (weight == 1).all() else np.asarray(weight, np.float64), folds)
     coefficients, intercepts = found.coef_, found.intercept_
     if len(found.classes_) == 2:
         coefficients, intercepts = (np.concatenate([-x / 2, x / 2]) for x in (coefficients, intercepts))
@@ -155,7 +158,12 @@ def fit_head(
     return kernel, bias
 
 
-def _logistic(features: Float[np.ndarray, "n d"], labels: Shaped[np.ndarray, " n"], folds: int):
+def _logistic(
+    features: Float[np.ndarray, "n d"],
+    labels: Shaped[np.ndarray, " n"],
+    weight: Float[np.ndarray, " n"] | None,
+    folds: int,
+):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 
@@ -174,13 +182,13 @@ def _logistic(features: Float[np.ndarray, "n d"], labels: Shaped[np.ndarray, " n
     )
     with warnings.catch_warnings():  # the weakest strengths, which are hardly ever chosen, may take longer
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(features, labels)
+        return model.fit(features, labels, sample_weight=weight)
 
 
 def _as(solve: Callable[..., tuple[np.ndarray, ...]], dtype) -> Callable[..., tuple[np.ndarray, ...]]:
     """The solution in the dtype of the weights, out of whatever arrays the callback is handed."""
 
-    def solved(features, labels):
-        return tuple(np.asarray(x, dtype) for x in solve(np.asarray(features), np.asarray(labels)))
+    def solved(*arrays):
+        return tuple(np.asarray(x, dtype) for x in solve(*map(np.asarray, arrays)))
 
     return solved

@@ -67,7 +67,7 @@ def contrastive_loss(setup: Setup) -> Objective:
         features = model.features(params, embedded, batch, key=batch.get("key"), reverse_only=True)
         labels = jnp.split(batch["labels"], 2)
         target = 1 - jnp.abs(labels[0] - labels[1]) / spread if is_score else (labels[0] == labels[1]) * 1.0
-        weight = jnp.split(batch["weight"], 2)[0]
+        weight = jnp.split(batch["weight"] > 0, 2)[0].astype(jnp.float32)  # pairs have no class: padding alone counts
         return jnp.sum(weight * (cosine(*jnp.split(features, 2)) - target) ** 2) / jnp.sum(weight)
 
     return objective

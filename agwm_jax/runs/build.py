@@ -19,7 +19,7 @@ from agwm_jax.data.columns import read_labelled
 from agwm_jax.data.draws import Rows
 from agwm_jax.data.encode import MULTIPLE, Draw, Encoded, EncodingReport, encode_draws
 from agwm_jax.data.sources.base import file_digests
-from agwm_jax.data.tasks import LabelScale, Task
+from agwm_jax.data.tasks import LabelScale, Task, class_weights
 from agwm_jax.engine.group import Member
 from agwm_jax.errors import AgwmError
 from agwm_jax.methods.interface import Method, MethodSettings, Setup
@@ -28,7 +28,7 @@ from agwm_jax.methods.training import Finetune
 from agwm_jax.models.huggingface import Pretrained, check_regression, in_the_labels_unit, load_pretrained, with_head
 from agwm_jax.models.loss import batch_loss
 from agwm_jax.models.weights import matching
-from agwm_jax.settings.schema import Config, Data
+from agwm_jax.settings.schema import Config, Data, Loss
 
 
 class Recipe(NamedTuple):
@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
     techniques: tuple[Technique, ...]
     finetune: Finetune
     data: Data
+    loss: Loss
     frozen: str | None = None
     """Pattern of the paths that are never trained."""
     rows: Callable[[Task, int], Rows] | None = None
@@ -54,6 +55,7 @@ class Prepared(NamedTuple):
     method: Method
     rows: Mapping[str, range]
     """Of what the method reads beside the training set, in `table`."""
+    loss: Loss
 
     @property
     def member(self) -> Member:
@@ -63,7 +65,17 @@ class Prepared(NamedTuple):
     @property
     def table(self) -> Encoded:
         """The training set, and below it what else the method reads; as wide for every seed."""
-        return stacked({name: self.draw.encoded[name] for name in ("train", *self.rows)})
+        found = stacked({name: self.draw.encoded[name] for name in ("train", *self.rows)})
+        weights = self.class_weights
+        return found if weights is None else {**found, "weight": weights[found["labels"]]}
+
+    @property
+    def class_weights(self) -> np.ndarray | None:
+        """What an example of each class counts, float32 [c]; None where all examples count alike."""
+        if self.loss.class_weights is None:
+            return None
+        task, labels = self.draw.task, self.draw.encoded["train"]["labels"]
+        return class_weights(labels, task.label_names, self.loss.class_weights)
 
     @property
     def train_size(self) -> int:
@@ -74,7 +86,8 @@ class Prepared(NamedTuple):
 def recipe(config: Config) -> Recipe:
     """What a config says of it."""
     techniques = config.techniques.chosen
-    return Recipe(config.method, techniques, config.finetune, config.data, config.model.frozen, config.task.rows)
+    sections = (config.method, techniques, config.finetune, config.data, config.loss)
+    return Recipe(*sections, config.model.frozen, config.task.rows)
 
 
 def build(config: Config, seeds: Sequence[int] | None = None) -> tuple[Prepared, ...]:
@@ -139,6 +152,9 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
     check_length(pretrained, recipe.data)
     if task.kind == "regression":
         check_regression(pretrained.model)
+        for name, value in recipe.loss:
+            if value:
+                raise AgwmError(f"loss.{name} is for classes, and {task.name} is a regression: leave it out.")
     draws = encode_draws(
         task,
         pretrained.tokenizer,
@@ -155,7 +171,7 @@ def prepare(task: Task, pretrained: Pretrained, recipe: Recipe, *, seeds: Sequen
         rows = rows_read(names_read(recipe.method, recipe.techniques), sizes)
         beside = {"rows": rows, "labels": draw.encoded["train"]["labels"], "pair": task.pair}
         method = build_method(recipe, own, task.kind, seed=seed, num_examples=size, **beside)
-        found.append(Prepared(seed, draw, own, method, rows))
+        found.append(Prepared(seed, draw, own, method, rows, recipe.loss))
     for warning in truncations(found[0].draw.reports):
         warnings.warn(warning["message"], stacklevel=2)
     return tuple(found)
@@ -242,7 +258,8 @@ def build_setup(
     model, pattern = pretrained.model, recipe.frozen
 
     def loss(*, reverse_only: bool = False) -> Composite:
-        return batch_loss(model.apply, kind, reverse_only=reverse_only)
+        smoothing = recipe.loss.label_smoothing
+        return batch_loss(model.apply, kind, label_smoothing=smoothing, reverse_only=reverse_only)
 
     return Setup(
         model=model,

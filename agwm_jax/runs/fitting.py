@@ -22,7 +22,7 @@ from agwm_jax.models.family import output_paths
 from agwm_jax.models.huggingface import Pretrained
 from agwm_jax.runs.build import Prepared, prepare, recipe, truncations
 from agwm_jax.runs.fitted import FittedModel, Predictions, Texts
-from agwm_jax.runs.learning import learning_warnings
+from agwm_jax.runs.learning import guessing_loss, learning_warnings
 from agwm_jax.settings.config import parse_config
 
 Merge = Callable[[Prepared, Variables], Params]
@@ -70,6 +70,7 @@ def fit(
     seed: int = 0,
     finetune: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    loss: Mapping[str, Any] | None = None,
     techniques: Sequence[str] | Mapping[str, Any] = (),
     frozen: str | None = None,
 ) -> Result:
@@ -87,7 +88,7 @@ def fit(
         task: a `Task`; or ``(texts, labels)`` to train on; or a mapping from "train" and other splits, which are
             scored, to such pairs. Texts that are pairs make a task of pairs; labels that are floats a regression.
         seed: of everything that is drawn.
-        finetune, data: these sections of a config; what is left out is at its default.
+        finetune, data, loss: these sections of a config; what is left out is at its default.
         techniques: what changes the training, by name, with settings or without.
         frozen: pattern of the paths that are never trained.
 
@@ -96,7 +97,13 @@ def fit(
         Diverged: a loss, a hypergradient or a weight is not finite.
     """
     chosen = method.model_dump(mode="json") if isinstance(method, MethodSettings) else method
-    sections: dict[str, Any] = {"method": chosen, "finetune": finetune, "data": data, "techniques": techniques}
+    sections: dict[str, Any] = {
+        "method": chosen,
+        "finetune": finetune,
+        "data": data,
+        "loss": loss,
+        "techniques": techniques,
+    }
     config = parse_config({name: section for name, section in sections.items() if section is not None})
     whole = as_task(task)
     wanted = max(1, len(whole.label_names))
@@ -165,8 +172,13 @@ def conclude(
             found[name], scores[name] = logits, model.scores(split, logits)
             groups[name] = model.group_scores(split, logits)
             if name == draw.task.report_split:
-                labels, truth = draw.encoded["train"]["labels"], np.asarray(split["label"])
-                learning = learning_warnings(records, labels, logits, truth, draw.task.label_names)
+                guess = guessing_loss(
+                    draw.encoded["train"]["labels"],
+                    num_classes=len(draw.task.label_names),
+                    weights=prepared.class_weights,
+                    label_smoothing=prepared.loss.label_smoothing,
+                )
+                learning = learning_warnings(records, guess, logits, np.asarray(split["label"]), draw.task.label_names)
     failures = [*prepared.method.warnings(records), *learning]
     warnings = [*truncations(draw.reports), *(x._asdict() for x in failures)]
     groups = {name: each for name, each in groups.items() if each}

@@ -20,7 +20,7 @@ _REMEDY = (
 
 def learning_warnings(
     records: Sequence[Mapping[str, Any]],
-    labels: Num[np.ndarray, "n"],
+    guessing: float,
     logits: Float[np.ndarray, "m c"],
     truth: Num[np.ndarray, "m"],
     label_names: Sequence[str],
@@ -29,14 +29,13 @@ def learning_warnings(
 
     Args:
         records: of the run.
-        labels: of the training set: classes, or standardised scores.
+        guessing: loss of who knows the training labels' distribution and nothing else; see `guessing_loss`.
         logits: of the reported split.
         truth: its labels.
         label_names: of the classes; empty for a regression.
     """
     found = []
     losses = [float(r["loss"]) for r in records if r.get("phase") == "finetune" and r.get("loss") is not None]
-    guessing = _guessing(labels, regression=not label_names)
     if len(losses) >= _MIN_STEPS:
         last = float(np.mean(losses[-(len(losses) // 4) :]))
         if guessing > 0 and last > 0.95 * guessing:
@@ -53,9 +52,23 @@ def learning_warnings(
     return found
 
 
-def _guessing(labels: Num[np.ndarray, "n"], *, regression: bool) -> float:
-    """Loss of who knows the labels' distribution and nothing else: its entropy, or the variance of scores."""
-    if regression:
+def guessing_loss(
+    labels: Num[np.ndarray, "n"],
+    *,
+    num_classes: int,
+    weights: Float[np.ndarray, "c"] | None = None,
+    label_smoothing: float = 0.0,
+) -> float:
+    """Loss of who knows the labels' distribution and nothing else: its entropy, or the variance of scores.
+
+    Args:
+        labels: of the training set: classes, or standardised scores.
+        num_classes: c; 0 for a regression.
+        weights: what an example of each class counts; None: all alike.
+        label_smoothing: share of a label that is spread over all classes.
+    """
+    if not num_classes:
         return float(np.var(labels))
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    return -math.fsum(share * math.log(share) for share in shares)
+    counts = np.bincount(labels, minlength=num_classes) * (1.0 if weights is None else weights)
+    shares = (1 - label_smoothing) * counts / counts.sum() + label_smoothing / num_classes
+    return -math.fsum(share * math.log(share) for share in shares if share)

@@ -245,6 +245,7 @@ def _fit(pretrained: Pretrained, task: Task, settings: Config, *, temperature: f
         task,
         finetune=settings.finetune.model_dump(mode="json"),
         data=settings.data.model_dump(mode="json"),
+        loss=settings.loss.model_dump(mode="json"),
         techniques={each.name: each.model_dump(mode="json", exclude={"name"}) for each in settings.techniques.chosen},
         frozen=settings.model.frozen,
     )

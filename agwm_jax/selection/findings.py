@@ -54,7 +54,10 @@ def _labels(task: Task, labels: np.ndarray, folds: int) -> list[str]:
         some = f"; with fewer than {folds} it is not in every fold" if counts[rare[-1]] < folds else ""
         found.append(f"Fewer than {_RARE} texts: {named}. What is learnt of such a class is luck{some}.")
     if counts[ranked[0]] > 3 * counts[ranked[-1]]:
-        found.append("The classes are uneven: read macro_f1, in which each counts alike, beside accuracy.")
+        found.append(
+            "The classes are uneven: read macro_f1, in which each counts alike, beside accuracy; `--loss.class_weights "
+            "balanced` trains for it."
+        )
     return found
 
 

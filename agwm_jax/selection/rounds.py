@@ -104,8 +104,7 @@ class Rounds:
                     "goes on from here."
                 )
                 break
-        for name in self.failed:
-            self.notes.append(f"{name} failed; its log says why.")
+        self.notes += self.failed
 
     def _fit_folds(self, ends: float) -> None:
         """Hold out fewer folds where all of them would take longer than there is time for."""
@@ -155,16 +154,21 @@ class Rounds:
         sweep(list(self.cells.values()), self.output / RUNS, only=[cell.name])
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         if len(results) < len(folders):  # a fold diverged, or the process failed
-            self.failed.append(cell.name)
-            self.tell(f"{cell.name} failed: see {self.output / RUNS / cell.name / LOG}")
+            log = self.output / RUNS / cell.name / LOG
+            said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("agwm: ")]
+            why = said[-1].removeprefix("agwm: ") if said else f"see {log}."
+            self.failed.append(f"{method} failed{self._rate(method, factor)}: {why}")
+            self.tell(self.failed[-1])
             return
         scores = tuple(result["scores"]["validation"][self.metric] for result in results)
         logits = tuple(run_folder.read_logits(folder)["validation"] for folder in folders)
         seconds = float(np.mean([_seconds(result) for result in results]))
         self.tried[method].append(Trial(factor, logits, scores, seconds))
-        rate = f" at {factor:.3g} times its rate" if METHODS[method].value.has_rate else ""
         mean = f"{100 * np.mean(scores):.1f} (mean of {len(scores)} folds, {seconds:.0f} s each)"
-        self.tell(f"{method}{rate}: {self.metric} {mean}")
+        self.tell(f"{method}{self._rate(method, factor)}: {self.metric} {mean}")
+
+    def _rate(self, method: str, factor: float) -> str:
+        return f" at {factor:.3g} times its rate" if METHODS[method].value.has_rate else ""
 
 
 def _seconds(result: Mapping[str, Any]) -> float:

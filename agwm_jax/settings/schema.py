@@ -66,6 +66,16 @@ class Data(Section):
         return self
 
 
+class Loss(Section):
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="what a text of each class counts: balanced, all classes alike; or numbers by name, 1 for others",
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of every label that is spread over all classes"
+    )
+
+
 class Mesh(Section):
     """How many devices share the work, and how; the result is the same on every mesh, to rounding."""
 
@@ -137,6 +147,7 @@ class Config(Section):
     techniques: Annotated[Any, Several(METHODS, Technique)] = Field(
         default={}, description="what changes the training of the method; a section for each, or a list of names"
     )
+    loss: Loss = Field(default=Loss(), description="what training minimises, in a classification")
     finetune: Finetune = Field(default=Finetune(), description="the last stage of every method: passes, optimiser")
     mesh: Mesh = Field(default=Mesh(), description="the devices, and what each holds")
     run: Run = Field(default=Run(), description="seed, folder, checkpoints")

@@ -100,6 +100,8 @@ def _in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
             return f"a list from {', '.join(get_args(arguments[0]))}, like [a, b]"
         example = {str: "texts, like [a, b]", int: "whole numbers, like [0, 1]", float: "numbers, like [0, 0.5]"}
         return f"a list of {example.get(next(alternatives(arguments[0])), 'values')}"
+    if origin is dict:
+        return f"{_in_words(arguments[1]).replace('a number', 'numbers')} by name, like " + "{a: 0.5, b: 2}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "a section with " + ", ".join(annotation.model_fields)
     signs = {annotated_types.Ge: ">= {0.ge}", annotated_types.Gt: "> {0.gt}", annotated_types.Le: "<= {0.le}"}
@@ -121,7 +123,15 @@ def faults(error: ValidationError, raw: dict, whole: type[Section] = Config) -> 
     places = [entry["loc"] for entry in entries]
     # A list with a wrong item is reported for the item and once more as a whole; a union once for each alternative.
     inner = [e for e in entries if not any(p[: len(e["loc"])] == e["loc"] and len(p) > len(e["loc"]) for p in places)]
-    return list(dict.fromkeys(line for entry in inner for line in _fault(entry, raw, whole)))
+    deepest: dict[str, list[Any]] = {}  # of a union the alternative that got furthest
+    for entry in inner:
+        path = _locate(entry["loc"], raw, whole)[0]
+        known = deepest.get(path, [])
+        if not known or len(entry["loc"]) >= len(known[0]["loc"]):
+            same = known if known and len(entry["loc"]) == len(known[0]["loc"]) else []
+            deepest[path] = [*same, entry]
+    told = [entry for found in deepest.values() for entry in found]
+    return list(dict.fromkeys(line for entry in told for line in _fault(entry, raw, whole)))
 
 
 def _fault(entry: Any, raw: dict, whole: type[Section]) -> list[str]:

@@ -157,7 +157,7 @@ def batch_of(data, rows, key):
     real = rows >= 0
     batch = {name: column[jnp.where(real, rows, 0)] for name, column in data.items()}
     keys = jax.random.split(key, rows.shape[:-1]) if rows.ndim > 1 else key
-    return {**batch, "weight": real.astype(jnp.float32), "key": keys}
+    return {**batch, "weight": real.astype(jnp.float32) * batch.get("weight", 1), "key": keys}
 
 
 def phase_key(key, name: str):

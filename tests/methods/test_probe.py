@@ -45,6 +45,28 @@ def test_the_head_has_the_probabilities_of_scikit_learn(num_labels):
     assert trained.learnt["task"].keys() == {"classifier.kernel", "classifier.bias"}
 
 
+def test_examples_count_as_their_weight_says():
+    """As scikit-learn's ``sample_weight`` does; 24 texts of the same features, a third of which count three times."""
+    rng = np.random.default_rng(4)
+    labels, weight = np.array([0, 1, 2] * 8), np.array([3.0, 1.0, 1.0] * 8)
+    features = rng.normal(size=(24, 4)) + labels[:, None]
+    kernel, bias = fit_head(features, labels, weight, kind="classification", num_classes=3, folds=5)
+    expected = LogisticRegressionCV(**{**SPLITS, "cv": 5}, **QUIET).fit(features, labels, sample_weight=weight)
+    found = softmax(features @ kernel + bias, axis=1)
+    np.testing.assert_allclose(found, expected.predict_proba(features), atol=1e-6)
+    plain = fit_head(features, labels, np.ones(24), kind="classification", num_classes=3, folds=5)
+    assert found[:, 0].mean() > softmax(features @ plain[0] + plain[1], axis=1)[:, 0].mean() + 0.05
+
+
+def test_a_run_with_weights_is_the_fit_with_weights():
+    setup, start, weight = setup_of(), pretrained_weights(), jnp.linspace(0.5, 4, len(training_set()["labels"]))
+    data = {**training_set(), "weight": weight}
+    trained = run(Probe().build(setup), start, jax.random.key(0), data=data)
+    features, labels = features_of(setup.model, start, data), np.asarray(data["labels"])
+    kernel, _ = fit_head(features, labels, np.asarray(weight), kind="classification", num_classes=3, folds=5)
+    np.testing.assert_allclose(trained.weights["classifier.kernel"], kernel, rtol=1e-3, atol=1e-5)
+
+
 def test_a_regression_has_the_scores_of_scikit_learns_ridge():
     setup, data, start = setup_of(num_labels=1), training_set(1), pretrained_weights(1)
     trained = run(Probe().build(setup), start, jax.random.key(0), data=data)
@@ -87,7 +109,7 @@ def stationary(features, labels, kernel, bias, c):
 def test_a_class_with_one_example_has_c_1_and_the_solution_is_stationary():
     rng = np.random.default_rng(1)
     features, labels = rng.normal(size=(20, 4)), np.array([0] * 10 + [1] * 9 + [2])
-    kernel, bias = fit_head(features, labels, kind="classification", num_classes=3, folds=5)
+    kernel, bias = fit_head(features, labels, np.ones(len(labels)), kind="classification", num_classes=3, folds=5)
     for gradient in stationary(features, labels, kernel, bias, 1.0):
         np.testing.assert_allclose(gradient, 0, atol=1e-3)
 
@@ -96,7 +118,10 @@ def test_fewer_examples_than_folds_make_fewer_folds_and_repeat_to_the_bit():
     rng = np.random.default_rng(2)
     labels = np.array([0, 1] * 2 + [0] * 20)
     features = rng.normal(size=(24, 4)) + labels[:, None]
-    found = [fit_head(features, labels, kind="classification", num_classes=2, folds=5) for _ in range(2)]
+    found = [
+        fit_head(features, labels, np.ones(len(labels)), kind="classification", num_classes=2, folds=5)
+        for _ in range(2)
+    ]
     chex.assert_trees_all_equal(*found)
     expected = LogisticRegressionCV(**{**SPLITS, "cv": 2}, **QUIET).fit(features, labels)
     probabilities = softmax(features @ found[0][0] + found[0][1], axis=1)
@@ -106,14 +131,16 @@ def test_fewer_examples_than_folds_make_fewer_folds_and_repeat_to_the_bit():
 def test_a_class_without_examples_is_never_predicted():
     rng = np.random.default_rng(3)
     features, labels = rng.normal(size=(20, 4)), np.array([0, 3] * 10)
-    kernel, bias = fit_head(features, labels, kind="classification", num_classes=4, folds=5)
+    kernel, bias = fit_head(features, labels, np.ones(len(labels)), kind="classification", num_classes=4, folds=5)
     probabilities = softmax(features @ kernel + bias, axis=1)
     assert probabilities[:, [1, 2]].max() < 1e-30
     assert abs(probabilities[:, 0] - probabilities[:, 3]).max() > 1e-6
 
 
 def test_what_is_not_finite_stays_so_and_stops_nobody_else():
-    kernel, bias = fit_head(np.full((6, 2), np.nan), np.arange(6) % 2, kind="classification", num_classes=2, folds=5)
+    kernel, bias = fit_head(
+        np.full((6, 2), np.nan), np.arange(6) % 2, np.ones(6), kind="classification", num_classes=2, folds=5
+    )
     assert np.isnan(kernel).all()
     assert np.isnan(bias).all()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agwm_jax.cli import _warn_of_learning
-from agwm_jax.runs.learning import NAMES, learning_warnings
+from agwm_jax.runs.learning import NAMES, guessing_loss, learning_warnings
 
 CLASSES = ("no", "yes", "maybe")
 LABELS = np.array([0] * 50 + [1] * 30 + [2] * 20)
@@ -23,28 +23,39 @@ def names(found):
 
 
 def test_a_loss_like_that_of_guessing():
-    unmoved = learning_warnings(records(0.99 * ENTROPY), LABELS, RIGHT, LABELS, CLASSES)
+    unmoved = learning_warnings(records(0.99 * ENTROPY), ENTROPY, RIGHT, LABELS, CLASSES)
     assert names(unmoved) == ["training_hardly_moved"]
     assert f"guessing by the labels alone is {ENTROPY:.3f}" in unmoved[0].message
     # ln 3 = 1.099 would let this pass for learning: who guesses the commonest class has 1.030.
-    assert names(learning_warnings(records(1.0), LABELS, RIGHT, LABELS, CLASSES)) == ["training_hardly_moved"]
-    assert learning_warnings(records(0.5), LABELS, RIGHT, LABELS, CLASSES) == []
-    assert learning_warnings(records(1.2, phase="search-0"), LABELS, RIGHT, LABELS, CLASSES) == []
-    assert learning_warnings(records(1.2)[:5], LABELS, RIGHT, LABELS, CLASSES) == []
+    assert names(learning_warnings(records(1.0), ENTROPY, RIGHT, LABELS, CLASSES)) == ["training_hardly_moved"]
+    assert learning_warnings(records(0.5), ENTROPY, RIGHT, LABELS, CLASSES) == []
+    assert learning_warnings(records(1.2, phase="search-0"), ENTROPY, RIGHT, LABELS, CLASSES) == []
+    assert learning_warnings(records(1.2)[:5], ENTROPY, RIGHT, LABELS, CLASSES) == []
 
 
 def test_one_class_for_all():
     same = np.tile([0.1, 0.9, 0.0], (100, 1))
-    (found,) = learning_warnings(records(0.5), LABELS, same, LABELS, CLASSES)
+    (found,) = learning_warnings(records(0.5), ENTROPY, same, LABELS, CLASSES)
     assert found.name == "one_class_predicted"
     assert "every one of the 100 texts that are scored is predicted as yes" in found.message
-    assert learning_warnings(records(0.5), LABELS, same, np.ones(100), CLASSES) == []  # and all of them are yes
+    assert learning_warnings(records(0.5), ENTROPY, same, np.ones(100), CLASSES) == []  # and all of them are yes
 
 
 @pytest.mark.parametrize(("last", "expected"), [(0.97, ["training_hardly_moved"]), (0.5, [])])
 def test_a_regression_is_held_against_the_spread_of_its_labels(last, expected):
     labels = np.array([-1.0, 1.0] * 20)
-    assert names(learning_warnings(records(last), labels, np.zeros((40, 1)), labels, ())) == expected
+    guess = guessing_loss(labels, num_classes=0)
+    assert names(learning_warnings(records(last), guess, np.zeros((40, 1)), labels, ())) == expected
+
+
+def test_guessing_knows_what_a_class_counts_and_how_labels_are_smoothed():
+    """With each class alike its best guess is one third for all, whatever their shares; smoothing moves it there."""
+    weights = 1 / np.array([50.0, 30.0, 20.0])
+    np.testing.assert_allclose(guessing_loss(LABELS, num_classes=3, weights=weights), math.log(3))
+    smoothed = 0.7 * np.array([0.5, 0.3, 0.2]) + 0.1
+    found = guessing_loss(LABELS, num_classes=3, label_smoothing=0.3)
+    np.testing.assert_allclose(found, -np.sum(smoothed * np.log(smoothed)))
+    np.testing.assert_allclose(guessing_loss(np.array([0, 0, 1, 1]), num_classes=3), math.log(2))  # one has no text
 
 
 def test_the_command_line_says_it_once_for_all_seeds(capsys):
