@@ -47,6 +47,7 @@ def phases(records):
         ("lp_ft", ["features", "finetune"], 0),  # two passes are too few for this model
         ({"name": "setfit", "num_pairs": 4, "learning_rate": 1e-3}, ["contrast", "features"], 0.6),
         ("wise_ft", ["finetune", "choose"], 0),
+        ("early_stopping", ["finetune"], 0),
     ],
 )
 def test_classes_are_learnt(model, method, expected, least):
@@ -55,6 +56,18 @@ def test_classes_are_learnt(model, method, expected, least):
     assert phases(found.records) == expected
     assert found.scores["test"]["accuracy"] > least
     assert set(found.predict(TEXTS).labels) <= {"0", "1"}
+
+
+def test_one_pass_with_early_stopping_sees_the_dropout_of_plain_fine_tuning(model):
+    """To the bit: what is read besides takes none of its random numbers."""
+    task = {"train": (TEXTS, LABELS), "development": (TEXTS[::2], LABELS[::2])}
+    once = {**FINETUNE, "epochs": 1}
+    plain, stopped = (fit(model, name, task, finetune=once, data=DATA) for name in ("vanilla", "early_stopping"))
+    for path, weight in plain.weights.items():
+        np.testing.assert_array_equal(stopped.weights[path], weight, err_msg=path)
+    losses = [record["loss"] for record in plain.records]
+    assert [record["loss"] for record in stopped.records] == losses
+    assert stopped.records[-1]["best_pass"] == 1
 
 
 @pytest.mark.parametrize("method", ["probe", "lp_ft", {"name": "setfit", "num_pairs": 2}, "zero_shot"])
@@ -98,8 +111,9 @@ def test_what_does_not_fit_is_refused_before_training(model, scorer):
         ("setfit", {"method.num_pairs": 2}),
         ("wise_ft", {}),
         ("swa", {"techniques.wise_ft": {}}),
+        ("lora", {"techniques.early_stopping": {}}),
     ],
-    ids=["probe", "setfit", "wise_ft", "swa and wise_ft"],
+    ids=["probe", "setfit", "wise_ft", "swa and wise_ft", "lora and early_stopping"],
 )
 def test_a_run_folder_gives_what_the_run_gave(configure, tmp_path, method, changes):
     config = configure(method, {**changes, "finetune.epochs": 1})
