@@ -8,13 +8,14 @@ from agwm_jax.errors import AgwmError
 from agwm_jax.report.comparisons import Collection, Comparison, collect
 from agwm_jax.report.gates import Gates, mean_gates, read_gates
 from agwm_jax.report.leverage import leverage, row, verdict
+from agwm_jax.report.page import html_of, page
 from agwm_jax.report.runs import ReportWarning, Run, read_records
 from agwm_jax.report.spread import spread_warning
 from agwm_jax.report.table import groups_table, interval_sentence, markdown_table, results_csv, results_table
 
 
 class Report(NamedTuple):
-    """What a report says and where it lies: Markdown text, files written (report.md first), warnings."""
+    """What a report says and where it lies: Markdown text, files written (report.html first), warnings."""
 
     markdown: str
     files: list[Path]
@@ -34,7 +35,7 @@ class ComparisonData(NamedTuple):
 
 
 def write_report(runs: Iterable[Path], output: Path, *, baseline: str = "vanilla") -> Report:
-    """Compares all finished runs under `runs` and writes report.md, results.csv and figures into `output`.
+    """Compares all finished runs under `runs`; writes report.md, report.html, results.csv and figures into `output`.
 
     Args:
         runs: run folders, or folders that hold them at any depth.
@@ -58,9 +59,10 @@ def write_report(runs: Iterable[Path], output: Path, *, baseline: str = "vanilla
 
         figures = write_figures(data, collection.methods, output, baseline=baseline)
         markdown = _markdown(baseline, collection, data, figures, warnings)
-        files = [output / "report.md", output / "results.csv"]
-        files[0].write_text(markdown, encoding="utf-8")
-        files[1].write_text(results_csv(collection), encoding="utf-8")
+        files = [output / "report.html", output / "report.md", output / "results.csv"]
+        files[0].write_text(_html(markdown, collection, [path for _, path, _ in figures]), encoding="utf-8")
+        files[1].write_text(markdown, encoding="utf-8")
+        files[2].write_text(results_csv(collection), encoding="utf-8")
     except OSError as error:
         raise AgwmError(
             f"The report cannot be written to {output} ({error.strerror}): choose another folder."
@@ -140,6 +142,42 @@ def _markdown(
         lines += ["## Unfinished runs", "", "They count in no number above. Run the same command again to go on.", ""]
         lines += [f"- {run.folder} ({run.task}, {run.method}, seed {run.seed})" for run in collection.unfinished] + [""]
     return "\n".join(lines)
+
+
+def _html(markdown: str, collection: Collection, figures: Sequence[Path]) -> str:
+    """The same on one page with its figures inside, and all runs in a table that sorts."""
+    runs = [
+        (comparison, method, run)
+        for comparison in collection.comparisons
+        for method, runs in comparison.methods.items()
+        for run in runs
+    ]
+    rows = [
+        {
+            "task": run.task,
+            "method": method,
+            "seed": run.seed,
+            "metric": comparison.metric,
+            "score": f"{100 * run.score:.2f}",
+            "seconds": f"{run.result.get('seconds', {}).get('total', 0.0):.0f}",
+            "warnings": len(run.warnings),
+            "folder": str(run.folder),
+        }
+        for comparison, method, run in runs
+    ]
+    return page(
+        "agwm_jax.report",
+        "runs.html.j2",
+        text=html_of(markdown, {path.name: path for path in figures}),
+        rows=rows,
+        places=list(dict.fromkeys(_where(run) for _, _, run in runs)),
+    )
+
+
+def _where(run: Run) -> str:
+    """Device and versions of a run."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.result.get("versions", {}).items())
+    return f"{run.result.get('device', 'unknown device')}: {versions or 'unknown versions'}"
 
 
 def _leverage(data: ComparisonData) -> list[str]:

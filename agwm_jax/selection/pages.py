@@ -11,6 +11,7 @@ from scipy.special import softmax
 
 from agwm_jax import __version__
 from agwm_jax.methods.interface import METHODS
+from agwm_jax.report.page import page
 from agwm_jax.runs import folder as run_folder
 from agwm_jax.selection.verdict import Scored, confusion, per_class
 
@@ -168,10 +169,6 @@ def _markdown(comparison: "Comparison") -> str:
 
 def _html(comparison: "Comparison") -> str:
     """One page that needs no network; texts and labels of the user are escaped."""
-    import jinja2
-
-    loader = jinja2.PackageLoader("agwm_jax.selection", "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     best, task = comparison.recommended, comparison.task
     labels = np.asarray(task.splits["train"]["label"])[comparison.rows]
     classes = None
@@ -179,7 +176,9 @@ def _html(comparison: "Comparison") -> str:
         counts = confusion(best.logits, labels)
         classes = {"confusion": counts.tolist(), "names": task.label_names, "most": max(1, int(counts.max()))}
         classes["scores"] = list(zip(task.label_names, per_class(counts), strict=True))
-    return environment.get_template("report.html.j2").render(
+    return page(
+        "agwm_jax.selection",
+        "comparison.html.j2",
         comparison=comparison,
         best=best,
         task=task,

@@ -1,7 +1,10 @@
 """The report as a whole: files, text, figures that show something, and no traces elsewhere."""
 
 import ast
+import re
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,7 @@ def test_three_methods_and_four_seeds(write_run, tmp_path):
     report = write_report([tmp_path / "runs"], tmp_path / "out" / "deep")
     names = [path.name for path in report.files]
     assert names == [
+        "report.html",
         "report.md",
         "results.csv",
         "overview.png",
@@ -49,10 +53,10 @@ def test_three_methods_and_four_seeds(write_run, tmp_path):
         "histogram.png",
     ]
     assert sorted(path.name for path in (tmp_path / "out" / "deep").iterdir()) == sorted(names)
-    for path in report.files[2:]:
+    for path in report.files[3:]:
         assert_drawn(path)
         assert f"]({path.name})" in report.markdown
-    assert report.files[0].read_text(encoding="utf-8") == report.markdown
+    assert report.files[1].read_text(encoding="utf-8") == report.markdown
     assert "| agwm | 73.50 | 1.29 | 4 | +2.00 [+2.00, +2.00], n = 4 |" in report.markdown
     assert "95 % bootstrap-t interval" in report.markdown
     assert "### Scores by group" in report.markdown
@@ -63,11 +67,48 @@ def test_three_methods_and_four_seeds(write_run, tmp_path):
     assert again == report
 
 
+def test_the_page_holds_its_figures_and_asks_for_nothing(write_run, tmp_path):
+    for seed in range(2):
+        write_run("vanilla", seed)
+        write_run("agwm", seed)
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    text = report.files[0].read_text(encoding="utf-8")
+    figures = [path for path in report.files if path.suffix == ".png"]
+    assert text.count('src="data:image/png;base64,') == len(figures) == text.count("<img alt=")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", text)
+    assert text.count('<td class="left">agwm</td><td>1</td>') == 1
+    assert text.count('<table class="sortable">') >= 2
+
+
+def test_what_a_user_wrote_stays_text(write_run, tmp_path):
+    write_run("vanilla", 0, task="<script>alert(1)</script>", name="one")
+    message = "<img src=x> [a](javascript:alert) ![y](http://example.org/y.png)"
+    warning = {"warnings": [{"name": "odd", "message": message}]}
+    write_run("agwm", 0, task="![x](http://example.org/x.png) <b>", name="two", result=warning)
+    text = write_report([tmp_path / "runs"], tmp_path / "out").files[0].read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert "<b>" not in text
+    assert "<img src=x>" not in text
+    assert 'src="http' not in text
+    assert 'href="javascript' not in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_browser_shows_the_page_without_an_error(write_run, tmp_path):
+    write_run("vanilla", 0)
+    page = write_report([tmp_path / "runs"], tmp_path / "out").files[0]
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    command = ["chromium", *flags, "--enable-logging=stderr", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    assert "<button>seed</button>" in done.stdout  # the heads of tables sort them
+
+
 def test_one_run_of_one_seed(write_run, tmp_path):
     write_run("agwm", 0)
     report = write_report([tmp_path / "runs"], tmp_path / "out")
     assert {path.name for path in report.files} >= {"curves.png", "heat.png", "histogram.png"}
-    for path in report.files[2:]:
+    for path in report.files[3:]:
         assert_drawn(path)
 
 
@@ -75,15 +116,15 @@ def test_vanilla_alone_has_no_figure_of_alpha(write_run, tmp_path):
     write_run("vanilla", 0)
     write_run("vanilla", 1)
     report = write_report([tmp_path / "runs"], tmp_path / "out")
-    assert [path.name for path in report.files[2:]] == ["overview.png", "scores.png", "curves.png"]
-    for path in report.files[2:]:
+    assert [path.name for path in report.files[3:]] == ["overview.png", "scores.png", "curves.png"]
+    for path in report.files[3:]:
         assert_drawn(path)
 
 
 def test_runs_without_metrics_still_have_scores(write_run, tmp_path):
     (write_run("vanilla", 0) / "metrics.jsonl").unlink()
     report = write_report([tmp_path / "runs"], tmp_path / "out")
-    assert [path.name for path in report.files[2:]] == ["overview.png", "scores.png"]
+    assert [path.name for path in report.files[3:]] == ["overview.png", "scores.png"]
 
 
 def test_several_tasks_a_regression_among_them_have_files_of_their_own(write_run, tmp_path):
