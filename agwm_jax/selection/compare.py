@@ -24,7 +24,7 @@ from agwm_jax.selection.columns import Columns, guess_columns
 from agwm_jax.selection.findings import findings
 from agwm_jax.selection.rounds import CONFIG, Rounds, Tell
 from agwm_jax.selection.trials import METHODS_TRIED, check_methods
-from agwm_jax.selection.verdict import Calibration, Scored, calibrate, recommend, score, sentences
+from agwm_jax.selection.verdict import Calibration, Scored, at_the_edge, calibrate, recommend, score, sentences
 from agwm_jax.settings import Config, dump_config, load_config, strict_yaml
 
 MODEL, ANSWER = "model", "compare.json"
@@ -128,6 +128,7 @@ def compare(
     metric = task.metrics[0]
     best = recommend(scored, metric)
     said = sentences(scored, best, metric, guessing=_guessing(np.concatenate(labels), metric))
+    rounds.notes += at_the_edge(best, rounds.factors)
     tell("\n" + pages.table(scored, task.metrics))
     for sentence in said:
         tell(sentence)

@@ -68,7 +68,7 @@ def _repeats(task: Task, texts: Sequence[tuple[str, ...]], labels: np.ndarray) -
     if not repeated:
         return []
     extra = sum(counts[text] - 1 for text in repeated)
-    found = [f"{extra} texts repeat another one (case and spaces aside); copies of a text stay in one fold."]
+    found = [f"{_texts(extra)} another one (case and spaces aside); copies of a text stay in one fold."]
     said: dict[tuple[str, ...], set[Any]] = {}
     for text, label in zip(plain, labels.tolist(), strict=True):
         said.setdefault(text, set()).add(label)
@@ -82,6 +82,10 @@ def _repeats(task: Task, texts: Sequence[tuple[str, ...]], labels: np.ndarray) -
             "them, no method can be right on both."
         )
     return found
+
+
+def _texts(count: int) -> str:
+    return "1 text repeats" if count == 1 else f"{count} texts repeat"
 
 
 def _tokens(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> list[str]:

@@ -112,6 +112,18 @@ def recommend(found: Sequence[Scored], metric: str) -> Scored:
     return best
 
 
+def at_the_edge(chosen: Scored, factors: Sequence[float]) -> list[str]:
+    """A sentence where the chosen rate is the largest or the smallest of all, so that the best may lie beyond."""
+    ends = {max(factors): ("largest", "larger"), min(factors): ("smallest", "smaller")}
+    if chosen.trials < len(factors) or len(ends) < 2 or chosen.factor not in ends:
+        return []
+    which, way = ends[chosen.factor]
+    return [
+        f"The best learning rate of {chosen.method} is the {which} that was tried ({chosen.factor:.3g} times the "
+        f"default): a {way} one may be better still."
+    ]
+
+
 def texts_needed(gap: Difference, n: int, *, size: float = 0.01) -> int:
     """Held-out texts with which a difference of `size` is found four times in five; `gap` was measured on n."""
     return math.ceil(n * (_Z * gap.error / size) ** 2)

@@ -6,6 +6,7 @@ from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from agwm_jax.selection.verdict import (
+    at_the_edge,
     Trial,
     calibrate,
     confusion,
@@ -134,6 +135,17 @@ def test_confusion_and_scores_of_classes_are_scikit_learns():
     precision, recall, _, support = precision_recall_fscore_support(labels, predictions, zero_division=np.nan)
     np.testing.assert_allclose(per_class(table), np.stack([precision, recall, support], axis=1))
     assert np.isnan(per_class(table)[3][0])
+
+
+def test_a_rate_at_the_edge_of_what_was_tried_is_named():
+    def said(factor, trials=3):
+        return at_the_edge(scored("vanilla", np.arange(9))._replace(factor=factor, trials=trials), (5.0, 15.0, 5 / 3))
+
+    assert said(5.0) == []
+    assert said(15.0)[0].startswith("The best learning rate of vanilla is the largest that was tried (15 times the")
+    assert "is the smallest that was tried (1.67 times the default): a smaller one may be better" in said(5 / 3)[0]
+    assert said(5.0, trials=1) == []  # nothing is known of the others, and a note says so already
+    assert at_the_edge(scored("vanilla", np.arange(9))._replace(factor=5.0, trials=1), (5.0,)) == []
 
 
 def test_what_is_no_better_than_guessing_says_so():
