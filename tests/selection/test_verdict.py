@@ -6,8 +6,8 @@ from scipy.special import softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from agwm_jax.selection.verdict import (
-    at_the_edge,
     Trial,
+    at_the_edge,
     calibrate,
     confusion,
     difference,
