@@ -53,6 +53,14 @@ class Result(NamedTuple):
         """All weights of the forward pass, by path."""
         return self.model.params
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows: scores by split, and warnings."""
+        names = self.model.task.metrics
+        lines = [f"| split | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+        for split, scores in self.scores.items():
+            lines.append(f"| {split} | {' | '.join(f'{100 * scores[name]:.1f}' for name in names)} |")
+        return "\n".join([*lines, "", *(f"- **{each['name']}**: {each['message']}" for each in self.warnings)]) + "\n"
+
     def predict(self, texts: Texts) -> Predictions:
         """See `FittedModel.predict`."""
         return self.model.predict(texts)

@@ -59,6 +59,10 @@ class Comparison(NamedTuple):
     settings: Config
     """Of the final training."""
 
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        return pages.summary(self)
+
 
 def compare(
     data: str | os.PathLike[str] | tuple[Sequence[Any], Sequence[Any]],
@@ -129,6 +133,11 @@ def compare(
     best = recommend(scored, metric)
     said = sentences(scored, best, metric, guessing=_guessing(np.concatenate(labels), metric))
     rounds.notes += at_the_edge(best, rounds.factors)
+    if len(rounds.seeds) == 2 and max(each.trials for each in scored) > 1:
+        rounds.notes.append(
+            "With two folds the learning rate of each is chosen by the other one alone, and much of that is luck: give "
+            "five folds for scores to go by."
+        )
     tell("\n" + pages.table(scored, task.metrics))
     for sentence in said:
         tell(sentence)

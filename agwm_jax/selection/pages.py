@@ -73,6 +73,13 @@ def write(comparison: "Comparison", output: Path) -> None:
     run_folder.write_text(output / "report.html", _html(comparison))
 
 
+def summary(comparison: "Comparison") -> str:
+    """The recommendation, the table, and what can be said of the others; Markdown."""
+    first, *others = [*comparison.sentences, *comparison.notes]
+    lines = [f"**{first}**", "", table(comparison.scored, comparison.task.metrics), *(f"- {each}" for each in others)]
+    return "\n".join(lines) + "\n"
+
+
 def card(comparison: "Comparison") -> str:
     """README.md of the model's folder: what it is for, what it was made of, how good it is, where not to trust it."""
     task, best, names = comparison.task, comparison.recommended, comparison.task.metrics
