@@ -48,8 +48,8 @@ def test_the_settings_that_pages_name_exist(request):
     named = set()
     for page in ("README.md", *(f"docs/{name}.md" for name in ("index", "choose", "devices", "hypergradients"))):
         text = (request.config.rootpath / page).read_text()
-        words = re.findall(r"`(?:--)?((?:task|model|data|method|finetune|mesh|run)\.[\w.]+)", text)
-        words += re.findall(r"--((?:task|model|data|method|finetune|mesh|run)\.[\w.]+)", text)
+        words = re.findall(r"`(?:--)?((?:task|model|data|loss|method|finetune|mesh|run)\.[\w.]+)", text)
+        words += re.findall(r"--((?:task|model|data|loss|method|finetune|mesh|run)\.[\w.]+)", text)
         named |= set(words)
     assert len(named) > 15
     assert sorted(name for name in named if name not in known) == []
