@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey
+from jaxtyping import Array, Float
 from pydantic import Field
 
 from agwm_jax.core import trees
@@ -49,15 +50,19 @@ class OptimizerSettings(Section):
     def build(self, *, num_steps: int, weights: Weights) -> optax.GradientTransformation:
         """The optimiser for `num_steps` updates; what decays follows from the weights' roles."""
         make = optax.adamw if self.variant == "adamw" else adamw_of_transformers
-        adamw = make(
-            schedule(self, num_steps=num_steps),
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            mask=decay_mask(decays(weights)),
-        )
-        return optax.chain(clip(self.gradient_clip, eps=self.clip_eps), adamw) if self.gradient_clip else adamw
+
+        def at(peak: float | Array) -> optax.GradientTransformation:
+            adamw = make(
+                schedule(self, num_steps=num_steps, peak=peak),
+                b1=self.b1,
+                b2=self.b2,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                mask=decay_mask(decays(weights)),
+            )
+            return optax.chain(clip(self.gradient_clip, eps=self.clip_eps), adamw) if self.gradient_clip else adamw
+
+        return with_rate_in_state(at, self.learning_rate)
 
     def rms_scale(self, weights: Weights) -> Callable[[Any], Vector]:
         """What ``finite_difference(precondition="rms")`` reads of this optimiser's state: a number a layer's tensor."""
@@ -67,6 +72,33 @@ class OptimizerSettings(Section):
             return bool(known) and weights[known[-1]].is_stacked
 
         return rms_scale(b2=self.b2, eps=self.eps, stacked=stacked)
+
+
+class RateState(NamedTuple):
+    """The peak learning rate, and the state of the optimiser at it."""
+
+    peak: Float[Array, ""]
+    inner: optax.OptState
+
+
+def with_rate_in_state(
+    at: Callable[[float | Array], optax.GradientTransformation], peak: float
+) -> optax.GradientTransformation:
+    """``at(peak)`` whose rate is read from its state, so that runs at several rates share one compiled program.
+
+    As a constant of the program it would make every rate of a grid compile anew, which takes most of the time of a
+    small run; so only the start of a phase, which is cheap to compile, holds it.
+    """
+
+    def init(params) -> RateState:
+        held = jnp.asarray(peak, float)
+        return RateState(held, at(held).init(params))
+
+    def update(grads, state, params=None):
+        updates, inner = at(state.peak).update(grads, state.inner, params)
+        return updates, RateState(state.peak, inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def clipped(grads: Vector, norm: jax.Array, max_norm: float, *, eps: float) -> Vector:
@@ -127,12 +159,19 @@ def adamw_of_transformers(
     )
 
 
-def schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
-    """The learning rate by step: a linear warm-up, then the decay that the settings name."""
+def schedule(settings: OptimizerSettings, *, num_steps: int, peak: float | Array | None = None) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up to the peak, then the decay that the settings name.
+
+    Args:
+        settings: of the optimiser.
+        num_steps: of the phase.
+        peak: in place of `settings.learning_rate`; may be an array.
+    """
+    peak = settings.learning_rate if peak is None else peak
     share = settings.warmup_fraction * num_steps
     if settings.warmup_rounding == "none":
-        return _with_a_part_of_a_step(settings, share, num_steps)
-    peak, warmup = settings.learning_rate, int(share) if settings.warmup_rounding == "down" else math.ceil(share)
+        return _with_a_part_of_a_step(settings, share, num_steps, peak)
+    warmup = int(share) if settings.warmup_rounding == "down" else math.ceil(share)
     decay = {
         "linear": lambda: optax.schedules.linear_schedule(peak, 0.0, num_steps - warmup),
         "cosine": lambda: optax.schedules.cosine_decay_schedule(peak, max(1, num_steps - warmup)),
@@ -143,14 +182,16 @@ def schedule(settings: OptimizerSettings, *, num_steps: int) -> optax.Schedule:
     return lambda count: joined(jnp.asarray(count, float))
 
 
-def _with_a_part_of_a_step(settings: OptimizerSettings, warmup: float, num_steps: int) -> optax.Schedule:
+def _with_a_part_of_a_step(
+    settings: OptimizerSettings, warmup: float, num_steps: int, peak: float | Array
+) -> optax.Schedule:
     """The same where warm-up ends within a step; at whole numbers it is the other one to rounding."""
 
     def rate(count):
         count = jnp.asarray(count, float)
         done = jnp.clip((count - warmup) / max(1.0, num_steps - warmup), 0, 1)
         decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "constant": jnp.ones_like(done)}
-        return settings.learning_rate * jnp.where(count < warmup, count / max(1.0, warmup), decay[settings.schedule])
+        return peak * jnp.where(count < warmup, count / max(1.0, warmup), decay[settings.schedule])
 
     return rate
 

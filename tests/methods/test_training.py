@@ -4,11 +4,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from harness import pretrained_weights, run, setup_of, tiny_model, weights_of
+from harness import abstract_step, pretrained_weights, run, setup_of, shapes_of, tiny_model, weights_of
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.methods.optimizers import OptimizerSettings, decay_mask, schedule
+from agwm_jax.methods.interface import METHODS
+from agwm_jax.methods.optimizers import OptimizerSettings, adamw_of_transformers, decay_mask, schedule
 from agwm_jax.methods.training import mean_gradient
 from agwm_jax.methods.vanilla import Vanilla
 from agwm_jax.models.weights import decays
@@ -90,3 +92,45 @@ def test_matrices_and_tables_decay_in_every_collection():
 def test_a_schedule_warms_up_and_then_decays_to_0(name, last):
     rate = schedule(OptimizerSettings(learning_rate=1.0, schedule=name, warmup_fraction=0.2), num_steps=10)
     np.testing.assert_allclose([rate(step) for step in (0, 1, 2, 9)], [0, 0.5, 1, last], atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["adamw", "transformers_4_24"])
+def test_a_rate_in_the_state_is_the_rate(variant):
+    """The steps of the same optimiser at a constant of the program, bit for bit."""
+    settings = OptimizerSettings(learning_rate=3e-3, variant=variant, warmup_fraction=0.3)
+    params = {"encoder.query.kernel": jnp.arange(6.0).reshape(2, 3)}
+    weights = {path: weight for path, weight in weights_of().items() if path.endswith("query.kernel")}
+    params = dict.fromkeys(weights, params["encoder.query.kernel"])
+    held = settings.build(num_steps=10, weights=weights)
+    adamw = {"adamw": optax.adamw, "transformers_4_24": adamw_of_transformers}[variant]
+    options = {"b1": settings.b1, "b2": settings.b2, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    rate = schedule(settings, num_steps=10)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), adamw(rate, **options, mask=decay_mask(decays(weights))))
+    states = [tx.init(params) for tx in (held, plain)]
+    for step in range(10):
+        grads = jax.tree.map(lambda w, step=step: jnp.sin(w + step), params)
+        (ours, states[0]), (theirs, states[1]) = (
+            tx.update(grads, state, params) for tx, state in zip((held, plain), states, strict=True)
+        )
+        chex.assert_trees_all_equal(ours, theirs)
+        params = optax.apply_updates(params, ours)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "agwm", "lora"])
+def test_runs_at_several_rates_share_one_program(name):
+    """What is compiled for a phase does not hold its learning rates."""
+
+    def programs(rate) -> list[str]:
+        section = {
+            "name": name,
+            **({"search": {"validation_fraction": 0.4, "inner": {"learning_rate": rate}}} if name == "agwm" else {}),
+        }
+        section |= {"learning_rate": rate} if name == "lora" else {}
+        method = METHODS[name].value.model_validate(section).build(setup_of(learning_rate=rate))
+        shapes = shapes_of()
+        return [
+            jax.jit(phase.step).lower(*abstract_step(phase, method.learnt_shapes(shapes, number))).as_text()
+            for number, phase in enumerate(method.phases)
+        ]
+
+    assert programs(1e-3) == programs(2e-2)
