@@ -30,14 +30,14 @@ def html_of(markdown: str, images: Mapping[str, Path]) -> Any:
         markdown: CommonMark with tables.
         images: files by the name that the text has for them; of any other image its text alone is left.
     """
-    import jinja2
     from markdown_it import MarkdownIt
+    from markupsafe import Markup, escape
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
 
     def image(renderer, tokens, index, options, env) -> str:
         token = tokens[index]
-        text = jinja2.utils.markupsafe.escape(renderer.renderInlineAsText(token.children, options, env))
+        text = escape(renderer.renderInlineAsText(token.children, options, env))
         file = images.get(token.attrs["src"])
         if file is None:
             return str(text)
@@ -46,4 +46,4 @@ def html_of(markdown: str, images: Mapping[str, Path]) -> Any:
     parser.add_render_rule("image", image)
     parser.add_render_rule("table_open", lambda *_: '<div class="scroll"><table class="sortable">')
     parser.add_render_rule("table_close", lambda *_: "</table></div>")
-    return jinja2.utils.markupsafe.Markup(parser.render(markdown))
+    return Markup(parser.render(markdown))

@@ -20,7 +20,7 @@ _REMEDY = (
 
 def learning_warnings(
     records: Sequence[Mapping[str, Any]],
-    guessing: float,
+    guessing: tuple[float, float],
     logits: Float[np.ndarray, "m c"],
     truth: Num[np.ndarray, "m"],
     label_names: Sequence[str],
@@ -29,7 +29,8 @@ def learning_warnings(
 
     Args:
         records: of the run.
-        guessing: loss of who knows the training labels' distribution and nothing else; see `guessing_loss`.
+        guessing: loss of who knows the training labels' distribution and nothing else, and the least there is; see
+            `guessing_loss`.
         logits: of the reported split.
         truth: its labels.
         label_names: of the classes; empty for a regression.
@@ -38,10 +39,11 @@ def learning_warnings(
     losses = [float(r["loss"]) for r in records if r.get("phase") == "finetune" and r.get("loss") is not None]
     if len(losses) >= _MIN_STEPS:
         last = float(np.mean(losses[-(len(losses) // 4) :]))
-        if guessing > 0 and last > 0.95 * guessing:
+        guess, least = guessing
+        if guess > least and last > least + 0.95 * (guess - least):
             sentence = (
                 f"the loss of the last quarter of finetune is {last:.3f}, and that of guessing by the labels alone is "
-                f"{guessing:.3f}: training has hardly moved the model. {_REMEDY}"
+                f"{guess:.3f}: training has hardly moved the model. {_REMEDY}"
             )
             found.append(MethodWarning(NAMES[0], sentence))
     predicted = np.unique(logits.argmax(1)) if label_names else np.array([])
@@ -58,8 +60,10 @@ def guessing_loss(
     num_classes: int,
     weights: Float[np.ndarray, "c"] | None = None,
     label_smoothing: float = 0.0,
-) -> float:
-    """Loss of who knows the labels' distribution and nothing else: its entropy, or the variance of scores.
+) -> tuple[float, float]:
+    """Loss of who knows the labels' distribution and nothing else, and the least that there is.
+
+    The former is the entropy of the labels, or the variance of scores.
 
     Args:
         labels: of the training set: classes, or standardised scores.
@@ -68,7 +72,13 @@ def guessing_loss(
         label_smoothing: share of a label that is spread over all classes.
     """
     if not num_classes:
-        return float(np.var(labels))
+        return float(np.var(labels)), 0.0
     counts = np.bincount(labels, minlength=num_classes) * (1.0 if weights is None else weights)
     shares = (1 - label_smoothing) * counts / counts.sum() + label_smoothing / num_classes
+    spread = np.full(num_classes, label_smoothing / num_classes)
+    spread[0] += 1 - label_smoothing  # one label, whichever, as it is smoothed
+    return _entropy(shares), _entropy(spread)
+
+
+def _entropy(shares: Float[np.ndarray, "c"]) -> float:
     return -math.fsum(share * math.log(share) for share in shares if share)

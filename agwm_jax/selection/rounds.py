@@ -155,7 +155,8 @@ class Rounds:
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         if len(results) < len(folders):  # a fold diverged, or the process failed
             log = self.output / RUNS / cell.name / LOG
-            said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("agwm: ")]
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            said = [line for line in lines if line.startswith("agwm: ") and not line.startswith("agwm: warning")]
             why = said[-1].removeprefix("agwm: ") if said else f"see {log}."
             self.failed.append(f"{method} failed{self._rate(method, factor)}: {why}")
             self.tell(self.failed[-1])

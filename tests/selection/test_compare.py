@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -174,6 +175,16 @@ def test_pairs_with_scores_in_memory_and_a_test_file(tiny_checkpoint, tmp_path, 
     assert comparison.test_scores["spearman"] == pytest.approx(np.corrcoef(order)[0, 1], abs=0.02)  # but for ties
     np.testing.assert_allclose(predict(tmp_path / "out" / MODEL, pairs).labels, predicted, atol=1e-4)
     assert "Final model on the test file: spearman" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_method_that_cannot_be_trained_says_why_and_the_others_go_on(file, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    told = []
+    comparison = run(file, tiny_checkpoint, tmp_path / "out", told, methods=("probe", "top_k"), folds=2)
+    assert comparison.recommended.method == "probe"
+    (why,) = (note for note in comparison.notes if "failed" in note)
+    assert re.fullmatch(r"top_k failed at \d+ times its rate: top_k\.k: got 3 layers, and the model has 2: .*", why)
+    assert why in told
 
 
 def test_another_comparison_does_not_take_its_place(found, file, tiny_checkpoint):
