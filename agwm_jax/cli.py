@@ -16,6 +16,7 @@ from typing import Any
 from agwm_jax.arguments import REGISTRIES, TRAIN_HELP, parsers
 from agwm_jax.errors import AgwmError
 from agwm_jax.explain import UNEXPECTED, explain
+from agwm_jax.orphans import end_with_parent
 
 OK, INTERRUPTED = 0, 130
 
@@ -23,6 +24,7 @@ OK, INTERRUPTED = 0, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (default: what was typed) and return its exit code: 0 done, 1 a bug, 2 a mistake, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end_with_parent()
     with contextlib.suppress(AttributeError):  # a stream of another kind, as in a notebook, can print everything
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     code = _guarded(arguments)

@@ -22,6 +22,7 @@ from pydantic import Field, Strict, ValidationError, model_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agwm_jax.errors import AgwmError, did_you_mean
+from agwm_jax.orphans import PARENT
 from agwm_jax.runs import folder as run_folder
 from agwm_jax.section import Section, refuse
 from agwm_jax.settings import Config, load_config, strict_yaml
@@ -274,7 +275,7 @@ def _run(cell: Cell, output: Path, workers: int, processes: _Processes) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes on one accelerator: none takes all of its memory before the others start.
     share = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.92 / workers:.3f}"}
-    environment = {**(share if workers > 1 else {}), **os.environ}
+    environment = {**(share if workers > 1 else {}), **os.environ, PARENT: str(os.getpid())}
     seeds = f"[{', '.join(map(str, cell.seeds))}]"
     command = [sys.executable, "-m", "agwm_jax", "train", *cell.words, "--output", str(folder), "--seeds", seeds]
     with (folder / LOG).open("w") as log:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -154,3 +155,32 @@ def test_it_goes_on_after_ctrl_c_and_past_a_failure_and_leaves_one_table(study, 
     edited = subprocess.run(command, **options, check=False, timeout=SECONDS)
     assert edited.returncode == 2, edited.stdout
     assert "holds a run of another config (finetune.epochs" in edited.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process can be bound to its parent")
+def test_what_a_killed_sweep_started_does_not_outlive_it(study, tmp_path):
+    """Else it would go on writing, and the same command would find its folder taken."""
+    path, output = study(grid={"rate": [1e-3]}, arms={"vanilla": {"finetune.epochs": 2000}}), tmp_path / "runs"
+    command = [sys.executable, "-m", "agwm_jax", "sweep", str(path), "--output", str(output)]
+    process = subprocess.Popen(command, env={**os.environ, **QUICK}, stdout=subprocess.DEVNULL)
+    metrics = output / "agreement" / "vanilla" / "rate=0.001" / "seed-0" / "metrics.jsonl"
+    deadline = time.monotonic() + SECONDS
+    while not (metrics.exists() and metrics.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    tasks = Path(f"/proc/{process.pid}/task")
+    children = [child for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    process.kill()
+    process.wait()
+    assert children
+    deadline = time.monotonic() + 30
+    while any(map(runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, children))
+
+
+def runs(number: str) -> bool:
+    """Whether there is a process of that number that is no zombie."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
