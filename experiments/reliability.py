@@ -16,7 +16,7 @@ from agwm_jax.bench.reliability import Command, campaign
 
 CONFIG = ["--config", "configs/agreement.yaml"]
 SHORT = ["--model.path", "bert-tiny", "--model.pooling", "mean", "--task.train_size", "96"]
-SHORT += ["--run.tensorboard", "false", "--run.compilation_cache", "null"]
+SHORT += ["--run.tensorboard", "false"]
 SAVES = ["--run.checkpoint_minutes", "0.005", "--run.chunk_steps", "5"]
 STUDY = """
 tasks: {agreement: CONFIG}
@@ -34,31 +34,23 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="a folder that is not there yet")
     options = parser.parse_args()
     options.output.mkdir(parents=True)
+    short = [*SHORT, "--run.compilation_cache", str(options.output.absolute() / "xla")]
     runs, study = options.output.absolute() / "finished", options.output.absolute() / "study.yaml"
     study.write_text(STUDY.replace("CONFIG", str(Path("configs/agreement.yaml").absolute())))
     for method in ("vanilla", "agwm"):
-        command = [
-            sys.executable,
-            "-m",
-            "agwm_jax",
-            "train",
-            *SHORT,
-            "--method",
-            method,
-            "--output",
-            str(runs / method),
-        ]
+        own = ["train", *CONFIG, *short, "--method", method, "--output", str(runs / method)]
+        command = [sys.executable, "-m", "agwm_jax", *own]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def train(method: str, *words: str) -> Command:
-        own = ["train", *CONFIG, *SHORT, *SAVES, "--method", method, *words]
+        own = ["train", *CONFIG, *short, *SAVES, "--method", method, *words]
         return Command(f"train {method} {' '.join(words)}".strip(), lambda at: [*own, "--output", str(at / "run")])
 
     commands = [
         train("vanilla", "--finetune.epochs", "100"),
         train("vanilla", "--finetune.epochs", "50", "--seeds", "[0, 1]"),
         train("agwm", "--method.search.epochs", "30"),
-        Command("sweep", lambda at: ["sweep", str(study), *SHORT, "--output", str(at / "sweep")]),
+        Command("sweep", lambda at: ["sweep", str(study), *short, "--output", str(at / "sweep")]),
         Command("report", lambda at: ["report", str(runs), "--output", str(at / "report")]),
         Command("export", lambda at: ["export", str(runs / "vanilla"), str(at / "exported")]),
     ]

@@ -88,6 +88,7 @@ class Checkpoints:
                 record.replace(self._record(step))
                 for stale in self._steps()[: -self._keep]:
                     self._remove(stale)
+                self._remove_unfinished()
         except Exception as error:  # told by `wait`, in the thread that asks
             self._failure = error
 
@@ -196,6 +197,7 @@ class Checkpoints:
         if processes.is_main():
             for step in self._steps():
                 self._remove(step)
+            self._remove_unfinished()
             with contextlib.suppress(OSError):  # something else lies there
                 self._folder.rmdir()
 
@@ -217,6 +219,14 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         self._record(step).unlink(missing_ok=True)
         shutil.rmtree(self._folder / str(step), ignore_errors=True)
+
+    def _remove_unfinished(self) -> None:
+        """What a process that was killed while it wrote has left; nothing is being written now."""
+        whole = set(map(str, self._steps()))
+        for path in self._folder.iterdir():
+            step = path.name.split(".")[0]
+            if step.isdigit() and step not in whole:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _is_whole(self, step: int) -> bool:
         try:

@@ -109,6 +109,24 @@ def one(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("ends", ["the next one", "the end"])
+def test_what_a_killed_write_left_goes_with(one, ends):
+    """Each may be as large as the weights; what is not of ours stays."""
+    for name in ("4.orbax-checkpoint-tmp", "5"):
+        (one / name).mkdir()
+        (one / name / "part").write_text("x")
+    (one / "5.checkpoint.part").write_text("{")
+    (one / "mine.txt").write_text("mine")
+    checkpoints = opened(one)
+    if ends == "the next one":
+        checkpoints.save(6, at(6), state(6.0))
+    else:
+        checkpoints.delete()
+    checkpoints.close()
+    kept = {"3", "3.checkpoint.json", "6", "6.checkpoint.json"} if ends == "the next one" else set()
+    assert {path.name for path in one.iterdir()} == {"mine.txt"} | kept
+
+
 def test_other_data_is_refused_and_nothing_is_deleted(one):
     with pytest.raises(AgwmError, match="other training data or another pretrained model"):
         restore(one, fingerprint="other")
