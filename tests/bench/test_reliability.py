@@ -30,5 +30,5 @@ def test_the_clock_and_the_place_do_not_count_and_all_else_does(tmp_path):
 def test_a_command_is_killed_and_given_again(tmp_path):
     found = campaign(Command("settings", lambda at: ["settings"]), tmp_path / "own", kills=1, rng=random.Random(0))
     assert (found.kills, found.same, found.faults) == (1, 1, [])
-    with pytest.raises(RuntimeError, match="report fails undisturbed: agwm: .* is not a folder"):
+    with pytest.raises(RuntimeError, match=r"report fails undisturbed: agwm: .* is not a folder"):
         campaign(Command("report", lambda at: ["report", str(at)]), tmp_path / "other", kills=1, rng=random.Random(0))
