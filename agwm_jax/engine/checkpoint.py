@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +88,7 @@ class Checkpoints:
                 record.replace(self._record(step))
                 for stale in self._steps()[: -self._keep]:
                     self._remove(stale)
-                self._remove_unfinished()
+                _remove_unless(whole=self._steps(), folder=self._folder)
         except Exception as error:  # told by `wait`, in the thread that asks
             self._failure = error
 
@@ -195,11 +195,7 @@ class Checkpoints:
         """Remove all checkpoints: the group is finished."""
         self.wait()
         if processes.is_main():
-            for step in self._steps():
-                self._remove(step)
-            self._remove_unfinished()
-            with contextlib.suppress(OSError):  # something else lies there
-                self._folder.rmdir()
+            remove_checkpoints(self._folder)
 
     def close(self) -> None:
         """Release the folder, after what is being written; where a process is lost, nothing is waited for."""
@@ -219,14 +215,6 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         self._record(step).unlink(missing_ok=True)
         shutil.rmtree(self._folder / str(step), ignore_errors=True)
-
-    def _remove_unfinished(self) -> None:
-        """What a process that was killed while it wrote has left; nothing is being written now."""
-        whole = set(map(str, self._steps()))
-        for path in self._folder.iterdir():
-            step = path.name.split(".")[0]
-            if step.isdigit() and step not in whole:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _is_whole(self, step: int) -> bool:
         try:
@@ -261,3 +249,20 @@ def _plainly_named(folder: Path):
 def _lanes(position: Position) -> str:
     seeds = "seed " + str(position.seeds[0]) if len(position.seeds) == 1 else f"seeds {position.seeds} side by side"
     return seeds + (", all splits at once" if position.together else "")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints of a folder, whole or not, and the folder unless something else lies there."""
+    for record in folder.glob(f"*{_RECORD}"):
+        record.unlink()  # first, so that nothing half removed counts as whole
+    _remove_unless(whole=(), folder=folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _remove_unless(*, whole: Collection[int], folder: Path) -> None:
+    """Remove what has no record: a process that was killed while it wrote has left it."""
+    for path in folder.iterdir():
+        step = path.name.split(".")[0]
+        if step.isdigit() and int(step) not in whole:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

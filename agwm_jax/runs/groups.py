@@ -1,9 +1,11 @@
 """Which seeds of a run go side by side, and where the checkpoints lie that they share."""
 
 import json
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from agwm_jax.engine.checkpoint import remove_checkpoints
 from agwm_jax.errors import AgwmError
 from agwm_jax.runs.folder import write_text
 
@@ -21,6 +23,21 @@ def note(folder: Path, group: Group) -> None:
     if len(group) > 1:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "seeds.json", json.dumps(group))
+
+
+def remove_left_over(output: Path, folders: Iterable[Path]) -> None:
+    """Remove checkpoints of seeds that all have a result: a process was killed between writing that and removing them.
+
+    Args:
+        output: folder of the run folders.
+        folders: run folders.
+    """
+    for path in output.glob("checkpoints-*/seeds.json"):
+        if all((output / f"seed-{seed}" / "result.json").exists() for seed in json.loads(path.read_text())):
+            shutil.rmtree(path.parent, ignore_errors=True)
+    for folder in folders:
+        if (folder / "result.json").exists() and (folder / "checkpoints").is_dir():
+            remove_checkpoints(folder / "checkpoints")
 
 
 def plan_groups(

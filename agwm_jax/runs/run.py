@@ -25,7 +25,7 @@ from agwm_jax.runs import folder as run_folder
 from agwm_jax.runs.build import Prepared, build, digests
 from agwm_jax.runs.finished import export
 from agwm_jax.runs.fitting import Merge, conclude, merger
-from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
+from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups, remove_left_over
 from agwm_jax.runs.recorder import Recorder, Told
 from agwm_jax.runs.result import describe
 from agwm_jax.runs.variables import Origin, method_settings, save_variables
@@ -68,6 +68,8 @@ def train_seeds(config: Config, *, progress: bool = True) -> list[dict[str, Any]
         if any(run_folder.read_result(folder) is None for folder in folders):
             diverged = _Training(config, configs, data, progress=progress).run()
         processes.wait_for_all("the results are written")
+        if processes.is_main():
+            remove_left_over(Path(config.run.output), folders)
         results = [result for folder in folders if (result := run_folder.read_result(folder)) is not None]
         if config.run.export and processes.is_main():
             finished = [folder for folder in folders if (folder / "result.json").exists()]

@@ -3,7 +3,7 @@
 import pytest
 
 from agwm_jax.errors import AgwmError
-from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups
+from agwm_jax.runs.groups import checkpoint_folder, note, plan_groups, remove_left_over
 
 
 @pytest.fixture
@@ -57,3 +57,20 @@ def test_a_mesh_of_seeds_divides_what_is_left(plan):
     assert plan(range(4), 2, mesh_seed=2) == [(0, 1), (2, 3)]
     with pytest.raises(AgwmError, match=r"mesh\.seed 2 does not divide the seeds \[1, 2, 3\], which are left"):
         plan(range(4), 4, finished=[0], mesh_seed=2)
+
+
+def test_checkpoints_of_finished_seeds_are_removed_and_those_of_others_stay(tmp_path):
+    """A process may be killed after the last result and before it has removed them."""
+    folders = {seed: tmp_path / f"seed-{seed}" for seed in range(5)}
+    for group in ((0, 1), (2, 3)):
+        folder = checkpoint_folder(tmp_path, folders, group)
+        note(folder, group)
+        (folder / "4.orbax-checkpoint-tmp").mkdir()
+    (folders[4] / "checkpoints" / "4").mkdir(parents=True)
+    (folders[4] / "checkpoints" / "4.checkpoint.json").write_text("{}")
+    for seed in (0, 1, 2, 4):
+        folders[seed].mkdir(exist_ok=True)
+        (folders[seed] / "result.json").write_text("{}")
+    remove_left_over(tmp_path, folders.values())
+    assert sorted(path.name for path in tmp_path.glob("checkpoints-*")) == ["checkpoints-2"]
+    assert not (folders[4] / "checkpoints").exists()
