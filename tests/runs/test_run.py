@@ -103,6 +103,7 @@ def test_variables_say_what_they_belong_to(agwm_run, settings):
 def test_a_finished_run_is_left_alone_and_another_config_is_refused(agwm_run, settings):
     config, folder, result = agwm_run
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (folder / "checkpoints" / "4").mkdir(parents=True)  # of a process that was killed after it wrote the result
     assert train(config, progress=False) == result
     other = load_config(None, words({**settings, **SEARCH, "method.search.anchor": 0.2, "output": folder}))
     with pytest.raises(AgwmError, match=r"another config.*method\.search\.anchor is 0\.1 there and 0\.2 here"):
