@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_CHANGES = ("seconds", "peak_memory_bytes", "git_commit")
-"""Of result.json: what two runs of one command do not share."""
+import pyarrow.parquet as pq
+
+_CHANGES = ("seconds", "compile_seconds", "peak_memory_bytes", "git_commit", "commit")
+"""Of result.json and of a study's table: what two runs of one command do not share."""
 
 
 class Command(NamedTuple):
@@ -86,6 +88,8 @@ def content(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".safetensors":  # whose metadata are written in no order
             size = int.from_bytes(data[:8], "little")
             found[name] = (json.loads(data[8 : 8 + size]), data[8 + size :])
+        elif path.suffix == ".parquet":
+            found[name] = pq.read_table(path).drop_columns([x for x in pq.read_schema(path).names if x in _CHANGES])
         elif path.suffix != ".txt" and path.name not in ("config.yaml", "compare.yaml"):
             found[name] = data.replace(os.fsencode(folder), b"")
     return found
