@@ -45,6 +45,7 @@ _OPTIONS: Any = {"allow_abbrev": False}
 
 
 def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of `agwm`, and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="agwm",
         description="Fine-tune a pretrained encoder on few examples by attention-guided weights mixup.",

@@ -1,6 +1,6 @@
 """Kill commands at random moments and give them again: do they end as if nothing had happened? docs/reliability.md.
 
-    python experiments/reliability.py --output runs/reliability  # 20 kills a command; half an hour on 2 cores
+    python experiments/reliability.py --output runs/reliability  # 20 kills a command; about an hour on 2 cores
     python experiments/reliability.py --kills 2 --only report --output runs/reliability
 
 Writes reliability.md. Needs the checkpoint bert-tiny.

@@ -404,3 +404,13 @@ def test_techniques_that_do_not_fit_are_refused_in_a_sentence(said, sentence):
     with pytest.raises(AgwmError) as caught:
         load_config(None, said)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [("balancd", "'balancd' (text)"), ("{rare: -1}", "-1 (a whole number)"), ("[1]", "[1] (a list)")]
+)
+def test_a_wrong_value_of_a_setting_of_several_kinds_is_told_once(value, got):
+    with pytest.raises(AgwmError) as raised:
+        load_config(None, ["--loss.class_weights", value])
+    assert str(raised.value).count("allowed:") == 1
+    assert f"got {got}; allowed: balanced or numbers > 0 by name, like {{a: 0.5, b: 2}} or null" in str(raised.value)

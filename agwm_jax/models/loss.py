@@ -16,14 +16,14 @@ def batch_loss(
 ) -> Composite:
     """``loss(params, batch)``: cross-entropy, or the squared error of a single logit; logits are its outputs.
 
+    Where a class counts more and labels are smoothed, an example's weight multiplies its smoothed loss, as in Keras;
+    PyTorch weighs the spread part by the classes that it falls on.
+
     Args:
         apply: ``apply(params, batch, key=key) -> logits [b, c]``; the batch's own ``key``, if any, drives dropout.
         kind: of the task, "classification" or "regression" (then c = 1).
         label_smoothing: e; a label becomes 1 - e of its class and e / c of every one (Szegedy et al. 2016, section 7).
         reverse_only: the promise that `Model.features` asks for; handed on to `apply`.
-
-    Where a class counts more and labels are smoothed, an example's weight multiplies its smoothed loss, as in Keras;
-    PyTorch weighs the spread part by the classes that it falls on.
 
     Returns:
         A loss that weights example i with ``batch["weight"][i]`` (that of its class, else 1; 0 for the padding of a
