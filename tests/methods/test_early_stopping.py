@@ -70,3 +70,12 @@ def test_what_is_judged_and_kept_is_what_the_method_evaluates():
     assert trained.learnt.keys() == train(own.build).learnt.keys()
     infos = trained.infos["finetune"]
     np.testing.assert_allclose(min(infos["development"]), development_loss(trained.weights), rtol=1e-4)
+
+
+def test_the_look_after_the_first_step_does_not_count():
+    """At a rate this large every pass ends worse than it stood after one step, and one of the passes is kept."""
+    weights = [train(Vanilla().build, epochs=epochs, rate=1.2).weights for epochs in range(1, 3)]
+    ends = [development_loss(each) for each in weights]
+    trained = train(EarlyStopping().build, epochs=2, rate=1.2)
+    assert trained.infos["finetune"]["development"][0] < min(ends) - 1e-3, "the case would show nothing"
+    chex.assert_trees_all_close(trained.weights, weights[int(np.argmin(ends))], rtol=1e-5)

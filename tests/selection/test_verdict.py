@@ -144,7 +144,7 @@ def test_a_rate_at_the_edge_of_what_was_tried_is_named():
     assert said(5.0) == []
     assert said(15.0)[0].startswith("The best learning rate of vanilla is the largest that was tried (15 times the")
     assert "is the smallest that was tried (1.67 times the default): a smaller one may be better" in said(5 / 3)[0]
-    assert said(5.0, trials=1) == []  # nothing is known of the others, and a note says so already
+    assert said(15.0, trials=1) == []  # nothing is known of the others, and a note says so already
     assert at_the_edge(scored("vanilla", np.arange(9))._replace(factor=5.0, trials=1), (5.0,)) == []
 
 
