@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from agwm_jax.core import curvature
+from agwm_jax.core import curvature, reverse
 from agwm_jax.core.adjoint import cotangent_of, update_vjp
 from agwm_jax.core.curvature import Hvp
 from agwm_jax.core.estimators.base import ESTIMATORS, Estimate, Estimator, stateless
@@ -27,7 +27,7 @@ def _check(settings: Any, *, inner_steps: int) -> None:
 
 
 @ESTIMATORS.register("unrolled", cost="3k + 1", paper="arXiv 1703.01785, 2505.00793", check=_check)
-def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimator:
+def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize", states: int | None = None) -> Estimator:
     """Reverse mode through the last k updates of the look-ahead, the optimiser itself included.
 
     The adjoint y of the weights goes back through each update ``w' = w + u(d_w f(w, o))``: through u by reverse mode,
@@ -50,12 +50,18 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
     Args:
         num_steps: k; all steps of the look-ahead by default.
         hvp: how the products are taken, see `agwm_jax.core.curvature.Hvp`.
+        states: how many states of the inner optimiser may be kept, for whole trainings of hundreds or thousands of
+            steps; None: all k, and the linearisations of all k. From ``2 sqrt(k)`` on each step is run once more
+            (k fb), from ``L k^(1/L)`` on L - 1 times more, down to ``2 log2 k``; then one linearisation is kept at a
+            time. The same hypergradient.
 
     Raises:
-        AgwmError: `num_steps` below 1, or at the first trace more than the look-ahead has.
+        AgwmError: `num_steps` below 1, or at the first trace more than the look-ahead has; fewer `states` than are
+            needed.
     """
-    if num_steps is not None and num_steps < 1:
-        raise AgwmError(f"unrolled(num_steps={num_steps}): expected 1 step or more.")
+    for name, value in (("num_steps", num_steps), ("states", states)):
+        if value is not None and value < 1:
+            raise AgwmError(f"unrolled({name}={value}): expected 1 {name.removeprefix('num_')[:-1]} or more.")
     curvature.check("unrolled", hvp)
 
     def estimate(problem, solve, inner, outer, inner_batches, outer_batch, state) -> Estimate:
@@ -72,10 +78,10 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
             loss, grads, saved = curvature.linearize(problem.inner_loss, inner.params, outer, batch, hvp)
             return update(inner, grads, outer), (loss, (inner, grads, saved))
 
-        def backward(adjoint, step):
+        def backward(adjoint, kept, batch):
+            """Through one step: of the optimiser first, then of the gradient that it was given."""
             cotangent, hypergradient = adjoint
-            stack, batch = step
-            inner, grads, saved = steps.restore(stack, batch)
+            inner, grads, saved = kept
             if solve.reads_outer:
                 both = grads, outer
                 (of_grads, of_outer), cotangent = update_vjp(lambda x, both: update(x, *both), inner, both, cotangent)
@@ -84,14 +90,52 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize") -> Estimat
                 of_grads, cotangent = update_vjp(lambda x, grads: update(x, grads, outer), inner, grads, cotangent)
             hp, jp = curvature.product(problem.inner_loss, inner.params, outer, batch, saved, of_grads, hvp)
             cotangent = InnerState(optax.tree.add(cotangent.params, hp), cotangent.opt_state)
-            return (cotangent, optax.tree.add(hypergradient, jp)), None
+            return cotangent, optax.tree.add(hypergradient, jp)
 
-        steps = scan_keeping(forward, inner, late)
-        after = steps.carry
+        def keeping_all():
+            steps = scan_keeping(forward, inner, late)
+
+            def back(adjoint):
+                def one(adjoint, step):
+                    stack, batch = step
+                    return backward(adjoint, steps.restore(stack, batch), batch), None
+
+                return jax.lax.scan(one, adjoint, (steps.stack, late), reverse=True)[0]
+
+            return steps.carry, steps.ys, back
+
+        def keeping_few(states: int):
+            count = total - first
+
+            def batch_of(i):
+                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), late)
+
+            def plain(inner: InnerState, i) -> tuple[InnerState, Any]:
+                loss, grads = jax.value_and_grad(problem.inner_loss)(inner.params, outer, batch_of(i))
+                return update(inner, grads, outer), loss
+
+            def plain_summing(carry, i):
+                inner, loss = plain(carry[0], i)
+                return inner, carry[1] + loss
+
+            def through(adjoint, carry, i):
+                _, (_, kept) = forward(carry[0], batch_of(i))
+                return backward(adjoint, kept, batch_of(i))
+
+            loss = jax.eval_shape(plain, inner, 0)[1]
+            start = inner, jnp.zeros(loss.shape, loss.dtype)
+            (after, sum_), kept = reverse.run(plain_summing, start, count, states)
+            mean = (sum_ / count)[None].repeat(count)
+
+            def back(adjoint):
+                return reverse.back(plain_summing, through, kept, adjoint, count, states)
+
+            return after, mean, back
+
+        after, late_losses, back = keeping_all() if states is None else keeping_few(states)
         value, (v, direct) = jax.value_and_grad(problem.outer_loss, argnums=(0, 1))(after.params, outer, outer_batch)
-        cotangent = cotangent_of(v, after.opt_state)
-        (_, hypergradient), _ = jax.lax.scan(backward, (cotangent, direct), (steps.stack, late), reverse=True)
-        inner_loss = jnp.mean(jnp.concatenate([early_losses, steps.ys]))
+        _, hypergradient = back((cotangent_of(v, after.opt_state), direct))
+        inner_loss = jnp.mean(jnp.concatenate([early_losses, late_losses]))
         return Estimate(hypergradient, after, state, {"inner_loss": inner_loss, "outer_loss": value})
 
     return Estimator(stateless, estimate, forward_mode=hvp != "finite_difference", through_optimizer=True)
