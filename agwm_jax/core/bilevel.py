@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from agwm_jax.core import check, trees
 from agwm_jax.core.estimators.base import Estimate, Estimator
 from agwm_jax.core.inner import InnerOptimizer, InnerSolve, InnerState, optimizer_steps, solved_elsewhere
-from agwm_jax.core.types import Batch, Info, Problem, Vector
+from agwm_jax.core.types import Batch, Composite, Info, Problem, Vector
 from agwm_jax.errors import AgwmError
 
 Rollback = bool | Literal["from_look_ahead"]
@@ -25,6 +25,8 @@ class BilevelState(NamedTuple):
     outer: Vector
     outer_opt_state: optax.OptState
     estimator: PyTree
+    start: PyTree = ()
+    """Where every inner solve starts, with ``restart=True``."""
 
 
 class BilevelSolver(NamedTuple):
@@ -32,8 +34,9 @@ class BilevelSolver(NamedTuple):
 
     init: Callable[[Vector, Vector], BilevelState]
     """``init(inner_params, outer) -> state``; the state is a copy, its outer variable in float32 or better."""
-    step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Info]]
-    """``step(state, inner_batches, outer_batch) -> (state, info)``; leaves of `inner_batches` are ``[k, ...]``."""
+    step: Callable[..., tuple[BilevelState, Info]]
+    """``step(state, inner_batches, outer_batch) -> (state, info)``; leaves of `inner_batches` are ``[k, ...]``. With
+    ``num_steps=k`` of `bilevel`: ``step(state)``, or ``step(state, None, outer_batch)``."""
 
 
 def hypergradient(
@@ -41,10 +44,11 @@ def hypergradient(
     estimator: Estimator,
     inner: PyTree | InnerState,
     outer: PyTree,
-    inner_batches: Batch,
-    outer_batch: Batch,
+    inner_batches: Batch = None,
+    outer_batch: Batch = None,
     *,
     inner_tx: InnerOptimizer | None = None,
+    num_steps: int | None = None,
     state: PyTree | None = None,
 ) -> Estimate:
     """The gradient in `outer` of the outer loss at the solution of the inner problem, which was found in any way.
@@ -59,10 +63,12 @@ def hypergradient(
         inner: the solution w, or where the steps of `inner_tx` start (an `InnerState`, to go on with an optimiser's
             state).
         outer: the outer variable.
-        inner_batches: what the inner loss is taken on; leaves ``[k, ...]``. A solution on one batch has k = 1.
-        outer_batch: what the outer loss is taken on.
+        inner_batches: what the inner loss is taken on; leaves ``[k, ...]``. A solution on one batch has k = 1. None: the
+            inner loss is called with None in its place (full batch: it closes over its data).
+        outer_batch: what the outer loss is taken on; None is passed on.
         inner_tx: None: `inner` is the solution. An optimiser, or a function of the outer variable that returns one
             (see `bilevel`): k steps of it, one a batch, are the solve.
+        num_steps: k, where there are no `inner_batches`; 1 by default.
         state: of the estimator, what the estimate before returned as ``state``; None: it starts anew.
 
     Returns:
@@ -78,12 +84,13 @@ def hypergradient(
         >>> import jax.numpy as jnp
         >>> from agwm_jax import Problem, hypergrad, hypergradient, linear_solve
         >>> problem = Problem(lambda w, o, _: ((w - 3) ** 2 + o * w**2) / 2, lambda w, o, _: w**2)
-        >>> w, o, one_batch = jnp.float32(1.5), jnp.float32(1.0), jnp.zeros(1)
+        >>> w, o = jnp.float32(1.5), jnp.float32(1.0)
         >>> exact = hypergrad.implicit(linear_solve.dense())
-        >>> print(hypergradient(problem, exact, w, o, one_batch, jnp.zeros(())).hypergradient)  # 2 w dw/do
+        >>> print(hypergradient(problem, exact, w, o).hypergradient)  # 2 w dw/do
         -2.25
     """
     check.estimator(estimator)
+    problem, inner_batches = _steps(problem, inner_batches, num_steps)
     if inner_tx is not None:
         check.optimizer("inner_tx", inner_tx, inner.params if isinstance(inner, InnerState) else inner, outer)
     solve = solved_elsewhere() if inner_tx is None else optimizer_steps(inner_tx)
@@ -103,6 +110,8 @@ def bilevel(
     rollback: Rollback = False,
     renew: Callable[[Batch, Any], Batch] | None = None,
     num_inner: int | None = None,
+    num_steps: int | None = None,
+    restart: bool = False,
 ) -> BilevelSolver:
     """Alternate k inner updates with one outer update along the hypergradient.
 
@@ -136,6 +145,10 @@ def bilevel(
             mapped program. Leaves of the inner variable, of its state, of the estimator's and of the outer batch then
             have a leading axis ``[K, ...]``, those of the inner batches ``[K, k, ...]``; what `problem` closes over is
             there once. Costs K times as much. ``info`` holds means, and the norm of the mean hypergradient.
+        num_steps: k, for losses that close over their data (full batch): ``step(state)`` then takes no batches, and the
+            inner loss is called with None in place of one.
+        restart: every step solves the inner problem anew from where ``init`` was given (a cold start), as whole
+            trainings and MAML's tasks are, in place of going on from where the last step ended.
 
     Returns:
         A `BilevelSolver`. ``info`` holds ``inner_loss``, ``outer_loss``, ``hypergradient_norm`` (global 2-norm) and the
@@ -154,10 +167,10 @@ def bilevel(
         >>> import jax, jax.numpy as jnp, optax
         >>> from agwm_jax import Problem, bilevel, hypergrad
         >>> toy = Problem(lambda w, a, _: (w - a) ** 2, lambda w, a, _: a * w - 2 * a + 1)
-        >>> solver = bilevel(toy, hypergrad.unrolled(), inner_tx=optax.sgd(0.5), outer_tx=optax.sgd(0.1))
+        >>> solver = bilevel(toy, hypergrad.unrolled(), inner_tx=optax.sgd(0.5), outer_tx=optax.sgd(0.1), num_steps=1)
         >>> state = solver.init(jnp.float32(-2), jnp.float32(2))
         >>> for _ in range(50):
-        ...     state, info = jax.jit(solver.step)(state, jnp.zeros(1), jnp.zeros(()))
+        ...     state, info = jax.jit(solver.step)(state)
         >>> print(round(float(state.outer), 3))
         1.0
     """
@@ -165,7 +178,14 @@ def bilevel(
     if not isinstance(rollback, bool) and rollback not in get_args(get_args(Rollback)[1]):
         raise AgwmError(f"bilevel(rollback={rollback!r}): expected True, False or 'from_look_ahead'.")
     check.num_inner(num_inner)
+    if restart and rollback:
+        raise AgwmError(
+            "bilevel(restart=True, rollback=...): a step that starts anew has no look-ahead to take back; drop one."
+        )
+    if num_steps is not None and renew is not None:
+        raise AgwmError("bilevel(num_steps=..., renew=...): without batches there is nothing to renew; drop one.")
     solve = optimizer_steps(inner_tx)
+    stated = problem
 
     def each(fn: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
         """`fn` of all inner problems."""
@@ -182,9 +202,15 @@ def bilevel(
         check.same_leaves("project(outer)", projected, "the outer variable", outer)
         inner = each(solve.init, (0, None))(inner_params, projected)
         own = each(estimator.init, (0, None))(inner, projected)
-        return BilevelState(inner, projected, outer_tx.init(projected), own)
+        start = jax.tree.map(lambda x: jnp.array(x, copy=True), inner_params) if restart else ()
+        return BilevelState(inner, projected, outer_tx.init(projected), own, start)
 
-    def step(state: BilevelState, inner_batches: Batch, outer_batch: Batch) -> tuple[BilevelState, Info]:
+    def step(
+        state: BilevelState, inner_batches: Batch = None, outer_batch: Batch = None
+    ) -> tuple[BilevelState, Info]:
+        problem, inner_batches = _steps(stated, inner_batches, num_steps, num_inner)
+        if restart:
+            state = state._replace(inner=each(solve.init, (0, None))(state.start, state.outer))
         check.inner_axis("inner_batches", inner_batches, num_inner)
         check.inner_axis("outer_batch", outer_batch, num_inner)
         inner, outer, after = state.inner, state.outer, state.estimator
@@ -206,9 +232,32 @@ def bilevel(
             if estimator.retake is not None:
                 retake_each = each(partial(estimator.retake, problem, solve), (0, None, 0, 0))
                 after = retake_each(after if onward else state.estimator, outer, inner_batches, outer_batch)
-        return BilevelState(inner, outer, outer_opt_state, after), estimate.info
+        return BilevelState(inner, outer, outer_opt_state, after, state.start), estimate.info
 
     return BilevelSolver(init, step)
+
+
+def _steps(
+    problem: Problem, inner_batches: Batch, num_steps: int | None, num_inner: int | None = None
+) -> tuple[Problem, Batch]:
+    """Problem and inner batches; without batches k numbers stand for them, which the inner loss does not see."""
+    if inner_batches is not None:
+        if num_steps is not None:
+            raise AgwmError(
+                f"num_steps={num_steps} is for losses that close over their data, and inner_batches were given: there "
+                "is one step a batch; drop num_steps, or the batches."
+            )
+        return problem, inner_batches
+    if num_steps is not None and num_steps < 1:
+        raise AgwmError(f"num_steps={num_steps}: expected 1 inner step or more.")
+    loss = problem.inner_loss
+
+    def without(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: fn(*arguments[:-1], None)
+
+    full = Composite(without(loss.outputs), without(loss.criterion)) if isinstance(loss, Composite) else without(loss)
+    count = (num_steps or 1,) if num_inner is None else (num_inner, num_steps or 1)
+    return problem._replace(inner_loss=full), jnp.zeros(count)
 
 
 def _onward(before: InnerState, after: InnerState) -> InnerState:
