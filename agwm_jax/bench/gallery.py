@@ -62,16 +62,16 @@ def run(name: str, document: str, solve: Callable[[], Solved], arguments: Sequen
     parser.add_argument("--output", type=Path, default=Path("runs/gallery"), help="folder (default: %(default)s)")
     output = parser.parse_args(arguments).output
     began = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
     with jax.enable_x64(True):
         solved = solve()
+
+        def draw(figure: Any) -> None:
+            solved.draw(figure)
+            headline(figure, solved.headline)
+
+        figure = save(output / f"{name}.png", 3.6, draw)
     seconds = time.perf_counter() - began
-    output.mkdir(parents=True, exist_ok=True)
-
-    def draw(figure: Any) -> None:
-        solved.draw(figure)
-        headline(figure, solved.headline)
-
-    figure = save(output / f"{name}.png", 3.6, draw)
     record = {"seconds": round(seconds, 1), "answers": [answer._asdict() for answer in solved.answers]}
     (output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for answer in solved.answers:

@@ -13,11 +13,11 @@ import optax
 from agwm_jax import Problem, bilevel, hypergrad
 from agwm_jax.bench.gallery import Solved, above, run
 
-OUTER_STEPS, LENGTH = 300, 32
+OUTER_STEPS, LENGTH, RATE = 300, 32, 0.1
 OPERATIONS = ("convolution", "maximum")
 ESTIMATORS = {
     "first_order": hypergrad.first_order(),
-    "finite_difference (DARTS)": hypergrad.finite_difference(),
+    "finite_difference (DARTS)": hypergrad.finite_difference(step_size=RATE),
     "unrolled": hypergrad.unrolled(),
 }
 
@@ -48,7 +48,7 @@ def search(right: int, estimator):
         return jnp.mean((jnp.tensordot(jax.nn.softmax(o), operations(w, data[0]), 1) - data[1]) ** 2)
 
     problem = Problem(lambda w, o, _: loss(w, o, train), lambda w, o, _: loss(w, o, validation))
-    solver = bilevel(problem, estimator, inner_tx=optax.sgd(0.1), outer_tx=optax.adam(0.02), num_steps=1)
+    solver = bilevel(problem, estimator, inner_tx=optax.sgd(RATE), outer_tx=optax.adam(0.02), num_steps=1)
     start = solver.init({"kernel": jnp.full(3, 0.1), "scale": jnp.float64(0.1)}, jnp.zeros(2))
 
     def step(state, _):

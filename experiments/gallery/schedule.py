@@ -78,7 +78,7 @@ def solve() -> Solved:
         outer_tx=optax.chain(optax.clip_by_global_norm(0.1), optax.adam(optax.cosine_decay_schedule(0.1, OUTER_STEPS))),
         num_steps=STEPS,
         restart=True,
-        project=lambda o: {**o, "log_rates": jnp.minimum(o["log_rates"], jnp.log(3.0))},
+        project=lambda o: {**o, "log_rates": jnp.minimum(o["log_rates"], jnp.log(1.0))},
     )
     step = jax.jit(solver.step)
     state = solver.init(start, outer)
