@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from agwm_jax.errors import AgwmError
 
 State = TypeVar("State")
 Adjoint = TypeVar("Adjoint")
-Step = Int[Array, ""] | int
+Step = Any  # a step's number, an int or an integer scalar
 
 
 def strides(num_steps: int, num_states: int) -> list[int]:
@@ -41,7 +41,7 @@ def strides(num_steps: int, num_states: int) -> list[int]:
 
 def run(
     forward: Callable[[State, Step], State], start: State, num_steps: int, num_states: int
-) -> tuple[State, list[Any]]:
+) -> tuple[State, PyTree]:
     """All steps ``forward(state, i) -> state``; the last state, and what `back` needs."""
     first = strides(num_steps, num_states)[0]
     state, kept = _advance_keeping(forward, start, 0, num_steps, first)

@@ -53,6 +53,10 @@ class Result(NamedTuple):
         """All weights of the forward pass, by path."""
         return self.model.params
 
+    def __repr__(self) -> str:
+        scores = {split: {name: round(x, 4) for name, x in own.items()} for split, own in self.scores.items()}
+        return f"<Result of seed {self.seed}: scores {scores}>"
+
     def _repr_markdown_(self) -> str:
         """What a notebook shows: scores by split, and warnings."""
         names = self.model.task.metrics

@@ -59,6 +59,9 @@ class Comparison(NamedTuple):
     settings: Config
     """Of the final training."""
 
+    def __repr__(self) -> str:
+        return f"<Comparison: {' '.join(self.sentences)}>"
+
     def _repr_markdown_(self) -> str:
         """What a notebook shows."""
         return pages.summary(self)

@@ -16,7 +16,7 @@ from agwm_jax.core.inner import InnerState
 
 TASKS, SHOTS, OUTER_STEPS = 25, 10, 2000
 PULL = 1.0  # of iMAML's tasks towards the start
-MAML, IMAML = optax.sgd(0.05), optax.sgd(0.05)
+MAML, IMAML = optax.sgd(0.05), optax.sgd(0.01)
 
 
 def network(w, x):
@@ -130,7 +130,7 @@ def solve() -> Solved:
     solved = hypergrad.implicit(linear_solve.conjugate_gradient(num_steps=5), curvature="gauss_newton")
     starts = {
         "MAML, 5 steps": (learn(start, error, hypergrad.unrolled(), MAML, 5)[0], error, MAML, 5),
-        "iMAML, 16 steps": (learn(start, pulled, solved, IMAML, 16)[0], pulled, IMAML, 16),
+        "iMAML, 30 steps": (learn(start, pulled, solved, IMAML, 30)[0], pulled, IMAML, 30),
     }
     joint = jointly(start)
     few, judged = halves(tasks(keys[5], 400, SHOTS + 100))

@@ -73,6 +73,7 @@ ALL = {
     **DIFFERENCES,
     "unrolled last": hypergrad.unrolled(num_steps=1),
     "unrolled jvp": hypergrad.unrolled(hvp="jvp"),
+    "unrolled few states": hypergrad.unrolled(states=2),
     "neumann": neumann(3, 0.1),
     "neumann gauss_newton": neumann(3, 0.1, curvature="gauss_newton"),
     "neumann resample": neumann(3, 0.1, hvp="jvp", resample=True),

@@ -59,6 +59,7 @@ OPTIONS = {
         rank=7, rho=1.0
     ).init({"a": jnp.ones((2, 2)), "b": jnp.ones(2)}),
     "unrolled(num_steps=0): expected 1 step or more": lambda: hypergrad.unrolled(num_steps=0),
+    "unrolled(states=0): expected 1 state or more": lambda: hypergrad.unrolled(states=0),
     "unrolled(hvp='vjp'): expected one of 'linearize', 'jvp', 'finite_difference'": lambda: hypergrad.unrolled(
         hvp="vjp"
     ),
@@ -273,7 +274,8 @@ def test_factories_that_were_not_called(without_type_checks):
 @pytest.mark.parametrize(
     ("name", "settings", "inner_steps", "message"),
     [
-        ("unrolled", {"num_steps": 3}, 2, "the look-ahead has 2 inner steps"),
+        ("unrolled", {"num_steps": 3, "states": None}, 2, "the look-ahead has 2 inner steps"),
+        ("unrolled", {"num_steps": None, "states": 2}, 7, "7 steps need 6 states or more"),
         ("implicit", {"resample": True}, 1, "the look-ahead has 1 inner step"),
     ],
 )
@@ -281,7 +283,7 @@ def test_settings_that_do_not_fit_the_look_ahead(name, settings, inner_steps, me
     check = ESTIMATORS[name].facts["check"]
     with pytest.raises(AgwmError, match=message):
         check(SimpleNamespace(**settings), inner_steps=inner_steps)
-    check(SimpleNamespace(**settings), inner_steps=3)
+    check(SimpleNamespace(**settings), inner_steps=3 if settings.get("states") is None else 2)
 
 
 @pytest.mark.parametrize("estimator", [hypergrad.first_order(), hypergrad.unrolled(), hypergrad.finite_difference()])

@@ -24,6 +24,8 @@ def _fits(num_steps: int | None, inner_steps: int) -> None:
 
 def _check(settings: Any, *, inner_steps: int) -> None:
     _fits(settings.num_steps, inner_steps)
+    if settings.states is not None:
+        reverse.strides(settings.num_steps or inner_steps, settings.states)
 
 
 @ESTIMATORS.register("unrolled", cost="3k + 1", paper="arXiv 1703.01785, 2505.00793", check=_check)
