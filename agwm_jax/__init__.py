@@ -60,7 +60,7 @@ _HOME = {
 _MODULES = {"hypergrad": "hypergrad", "linear_solve": "linear_solve", "trees": "core.trees"}
 _NAMES = {name: module for module, names in _HOME.items() for name in names.split()}
 
-__version__ = "0.9.0"
+__version__ = "0.10.0"
 __all__ = sorted([*_NAMES, *_MODULES])
 
 

@@ -63,8 +63,8 @@ def hypergradient(
         inner: the solution w, or where the steps of `inner_tx` start (an `InnerState`, to go on with an optimiser's
             state).
         outer: the outer variable.
-        inner_batches: what the inner loss is taken on; leaves ``[k, ...]``. A solution on one batch has k = 1. None: the
-            inner loss is called with None in its place (full batch: it closes over its data).
+        inner_batches: what the inner loss is taken on; leaves ``[k, ...]``. A solution on one batch has k = 1. None:
+            the inner loss is called with None in its place (full batch: it closes over its data).
         outer_batch: what the outer loss is taken on; None is passed on.
         inner_tx: None: `inner` is the solution. An optimiser, or a function of the outer variable that returns one
             (see `bilevel`): k steps of it, one a batch, are the solve.
@@ -205,9 +205,7 @@ def bilevel(
         start = jax.tree.map(lambda x: jnp.array(x, copy=True), inner_params) if restart else ()
         return BilevelState(inner, projected, outer_tx.init(projected), own, start)
 
-    def step(
-        state: BilevelState, inner_batches: Batch = None, outer_batch: Batch = None
-    ) -> tuple[BilevelState, Info]:
+    def step(state: BilevelState, inner_batches: Batch = None, outer_batch: Batch = None) -> tuple[BilevelState, Info]:
         problem, inner_batches = _steps(stated, inner_batches, num_steps, num_inner)
         if restart:
             state = state._replace(inner=each(solve.init, (0, None))(state.start, state.outer))

@@ -39,9 +39,7 @@ def strides(num_steps: int, num_states: int) -> list[int]:
     )
 
 
-def run(
-    forward: Callable[[State, Step], State], start: State, num_steps: int, num_states: int
-) -> tuple[State, PyTree]:
+def run(forward: Callable[[State, Step], State], start: State, num_steps: int, num_states: int) -> tuple[State, PyTree]:
     """All steps ``forward(state, i) -> state``; the last state, and what `back` needs."""
     first = strides(num_steps, num_states)[0]
     state, kept = _advance_keeping(forward, start, 0, num_steps, first)

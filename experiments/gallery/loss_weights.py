@@ -73,9 +73,13 @@ def solve() -> Solved:
     start = solver.init(jnp.zeros(FEATURES), jnp.zeros(2))
     state, path = jax.jit(lambda s: jax.lax.scan(step, s, length=OUTER_STEPS))(start)
     reached = value(np.asarray(state.outer))
-    answers.append(below("validation loss", reached, best.fun * 1.005, "1.005 times SciPy's on the closed form, 3 starts"))
+    answers.append(
+        below("validation loss", reached, best.fun * 1.005, "1.005 times SciPy's on the closed form, 3 starts")
+    )
     weights = np.exp(np.asarray(state.outer))
-    answers.append(below("weight of the harmful task over that of the helpful", weights[1] / weights[0], 0.02, "made so"))
+    answers.append(
+        below("weight of the harmful task over that of the helpful", weights[1] / weights[0], 0.02, "made so")
+    )
     on_test = {
         name: float(error(closed_form(np.asarray(o)), test))
         for name, o in {"learnt": state.outer, "equal": [0, 0], "main task alone": [-30, -30]}.items()

@@ -92,7 +92,11 @@ def solve() -> Solved:
     answers = [equal("hypergradient", found, exact.gradient(o), "closed form", rtol=1e-6)]
 
     stochastic = {
-        "stocBiO": (hypergrad.implicit(linear_solve.neumann(num_terms=10, step_size=0.1), hvp="jvp", resample=True), 0.1, 0.1),
+        "stocBiO": (
+            hypergrad.implicit(linear_solve.neumann(num_terms=10, step_size=0.1), hvp="jvp", resample=True),
+            0.1,
+            0.1,
+        ),
         "AmIGO": (
             hypergrad.implicit(linear_solve.gradient_descent(num_steps=10, step_size=0.01), hvp="jvp", resample=True),
             0.01,
@@ -110,7 +114,9 @@ def solve() -> Solved:
     gap = {name: exact.value(np.zeros(DIM)) - best for name in curves}
     for name, (steps, values, seconds) in curves.items():
         share = (values[-1] - best) / gap[name]
-        bound, why = (1e-6, "converged") if name.startswith("full") else (0.5, "constant steps leave the batches' noise")
+        bound, why = (
+            (1e-6, "converged") if name.startswith("full") else (0.5, "constant steps leave the batches' noise")
+        )
         answers.append(below(f"{name}: part of the start's excess that is left", share, bound, why))
         print(f"{name}: {steps[-1]} outer steps in {seconds:.1f} s, compiling included")
 

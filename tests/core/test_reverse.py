@@ -157,7 +157,7 @@ def test_full_batch_of_several_inner_problems(x64):
     o = {"penalty": o["penalty"]}
     tx = optax.sgd(0.1)
     solver = bilevel(problem, hypergrad.unrolled(), inner_tx=tx, outer_tx=optax.sgd(0.1), num_steps=3, num_inner=2)
-    state, info = jax.jit(solver.step)(solver.init(jnp.stack([w, 2 * w]), o))
+    _, info = jax.jit(solver.step)(solver.init(jnp.stack([w, 2 * w]), o))
     found = [hypergradient(problem, hypergrad.unrolled(), s * w, o, num_steps=3, inner_tx=tx) for s in (1, 2)]
     mean = np.mean([f.hypergradient["penalty"] for f in found], axis=0)
     np.testing.assert_allclose(info["hypergradient_norm"], np.linalg.norm(mean), rtol=1e-12)
