@@ -238,7 +238,7 @@ def test_another_choice_drops_the_settings_that_it_does_not_know(write):
         "  estimator: {name: implicit, hvp: jvp, solver: {name: neumann, num_terms: 2, step_size: 0.1}}"
     )
     estimator = load_config(path, ["--method.estimator", "unrolled"]).method.estimator
-    assert estimator.model_dump() == {"name": "unrolled", "num_steps": None, "hvp": "jvp"}
+    assert estimator.model_dump() == {"name": "unrolled", "num_steps": None, "hvp": "jvp", "states": None}
     solver = ["--method.estimator.solver.num_steps", "4", "--method.estimator.solver", "gradient_descent"]
     chosen = load_config(path, solver).method.estimator.solver
     assert (chosen.name, chosen.num_steps, chosen.step_size) == ("gradient_descent", 4, 0.1)
