@@ -68,7 +68,7 @@ def hypergradient(
         outer_batch: what the outer loss is taken on; None is passed on.
         inner_tx: None: `inner` is the solution. An optimiser, or a function of the outer variable that returns one
             (see `bilevel`): k steps of it, one a batch, are the solve.
-        num_steps: k, where there are no `inner_batches`; 1 by default.
+        num_steps: k, of the steps of `inner_tx` where there are no `inner_batches`.
         state: of the estimator, what the estimate before returned as ``state``; None: it starts anew.
 
     Returns:
@@ -90,6 +90,12 @@ def hypergradient(
         -2.25
     """
     check.estimator(estimator)
+    if inner_tx is None and inner_batches is None:
+        if num_steps is not None:
+            raise AgwmError(
+                f"num_steps={num_steps}: a solution from elsewhere takes no steps; drop it, or pass inner_tx."
+            )
+        num_steps = 1
     problem, inner_batches = _steps(problem, inner_batches, num_steps)
     if inner_tx is not None:
         check.optimizer("inner_tx", inner_tx, inner.params if isinstance(inner, InnerState) else inner, outer)
@@ -246,7 +252,12 @@ def _steps(
                 "is one step a batch; drop num_steps, or the batches."
             )
         return problem, inner_batches
-    if num_steps is not None and num_steps < 1:
+    if num_steps is None:
+        raise AgwmError(
+            "inner_batches is None: expected batches, leaves [k, ...], one an inner step; or, for losses that close "
+            "over their data, num_steps=k."
+        )
+    if num_steps < 1:
         raise AgwmError(f"num_steps={num_steps}: expected 1 inner step or more.")
     loss = problem.inner_loss
 
@@ -254,7 +265,7 @@ def _steps(
         return lambda *arguments: fn(*arguments[:-1], None)
 
     full = Composite(without(loss.outputs), without(loss.criterion)) if isinstance(loss, Composite) else without(loss)
-    count = (num_steps or 1,) if num_inner is None else (num_inner, num_steps or 1)
+    count = (num_steps,) if num_inner is None else (num_inner, num_steps)
     return problem._replace(inner_loss=full), jnp.zeros(count)
 
 

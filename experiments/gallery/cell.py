@@ -77,10 +77,5 @@ def solve() -> Solved:
     return Solved(answers, "A cell finds the operation that made the data", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("cell", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("cell", __doc__, solve))

@@ -104,10 +104,5 @@ def solve() -> Solved:
     return Solved(answers, "Examples with wrong labels lose their weight", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("cleaning", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("cleaning", __doc__, solve))

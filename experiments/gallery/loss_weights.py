@@ -100,10 +100,5 @@ def solve() -> Solved:
     return Solved(answers, "The weight of a loss that does not help goes to zero", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("loss_weights", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("loss_weights", __doc__, solve))

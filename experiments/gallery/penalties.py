@@ -91,10 +91,5 @@ def solve() -> Solved:
     return Solved(answers, "Twenty penalties learnt while the weights are", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("penalties", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("penalties", __doc__, solve))

@@ -156,10 +156,5 @@ def _search(problem, exact, f, g, estimator, rate, outer_rate, steps, batch):
     return at, values, time.perf_counter() - began
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("quadratic", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("quadratic", __doc__, solve))

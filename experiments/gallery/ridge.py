@@ -88,10 +88,5 @@ def solve() -> Solved:
     return Solved(answers, "The slope of an elastic net's path, from one solution each", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("ridge", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("ridge", __doc__, solve))

@@ -37,7 +37,7 @@ def solve() -> Solved:
         decay, rates = jnp.exp(o["log_decay"]), jnp.exp(o["log_rates"])
         return optax.chain(optax.add_decayed_weights(decay), optax.sgd(lambda count: rates[count]))
 
-    def plain(o):
+    def plain(o, judged=validation):
         """Twelve lines of JAX that know nothing of the library."""
 
         def step(w, log_rate):
@@ -45,7 +45,7 @@ def solve() -> Solved:
             move = jnp.exp(log_rate)
             return jax.tree.map(lambda w, g: w - move * (g + jnp.exp(o["log_decay"]) * w), w, grads), None
 
-        return loss(jax.lax.scan(step, start, o["log_rates"])[0], validation)
+        return loss(jax.lax.scan(step, start, o["log_rates"])[0], judged)
 
     def flat(tree):
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
@@ -95,7 +95,7 @@ def solve() -> Solved:
     source = f"the best of 20 pairs, constant rate {best[0]:g} and decay {best[1]:g}"
     answers.append(below("validation loss of the learnt schedule", losses[-1], constant[best], source))
     on_test = [
-        _on_test(loss, train, test, start, o)
+        float(jax.jit(lambda o: plain(o, test))(o))
         for o in (state.outer, {"log_rates": jnp.full(STEPS, jnp.log(best[0])), "log_decay": jnp.log(best[1])})
     ]
     answers.append(
@@ -116,19 +116,5 @@ def solve() -> Solved:
     return Solved(answers, "101 hyperparameters of one training", draw)
 
 
-def _on_test(loss, train, test, start, o):
-    def step(w, log_rate):
-        grads = jax.grad(loss)(w, train)
-        decay = jnp.exp(o["log_decay"])
-        return jax.tree.map(lambda w, g: w - jnp.exp(log_rate) * (g + decay * w), w, grads), None
-
-    return float(jax.jit(lambda w: loss(jax.lax.scan(step, w, o["log_rates"])[0], test))(start))
-
-
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("schedule", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("schedule", __doc__, solve))

@@ -162,10 +162,5 @@ def solve() -> Solved:
     return Solved(answers, "A start from which ten points are enough", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("sinusoids", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("sinusoids", __doc__, solve))

@@ -182,10 +182,5 @@ def solve() -> Solved:
     return Solved(answers, f"Three outer variables of a text model after {STEPS} steps", draw)
 
 
-def main(arguments=None) -> int:
-    """Solve and write."""
-    return run("text", __doc__, solve, arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("text", __doc__, solve))

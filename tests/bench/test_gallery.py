@@ -22,7 +22,8 @@ def script(name):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_answers_are_those_that_are_known(name, tmp_path, capsys):
-    assert script(name).main(["--output", str(tmp_path)]) == 0
+    module = script(name)
+    assert run(name, module.__doc__, module.solve, ["--output", str(tmp_path)]) == 0
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     answers = json.loads((tmp_path / f"{name}.json").read_text())["answers"]
     assert len(answers) >= 2

@@ -167,6 +167,13 @@ def test_batches_and_a_number_of_steps_are_too_much():
     problem, w, o = case()
     with pytest.raises(AgwmError, match=r"num_steps=2 is for losses that close over their data, and inner_batches"):
         hypergradient(problem, hypergrad.unrolled(), w, o, jnp.zeros((2, 3)), num_steps=2, inner_tx=optax.sgd(0.1))
+    with pytest.raises(AgwmError, match=r"inner_batches is None: expected batches, .* or, .* num_steps=k"):
+        hypergradient(problem, hypergrad.unrolled(), w, o, inner_tx=optax.sgd(0.1))
+    solver = bilevel(problem, hypergrad.unrolled(), inner_tx=optax.sgd(0.1), outer_tx=optax.sgd(0.1))
+    with pytest.raises(AgwmError, match=r"inner_batches is None: expected batches"):
+        solver.step(solver.init(w, o))
+    with pytest.raises(AgwmError, match=r"num_steps=2: a solution from elsewhere takes no steps"):
+        hypergradient(problem, conjugate_gradient(3), w, o, num_steps=2)
     with pytest.raises(AgwmError, match=r"num_steps=0: expected 1 inner step or more"):
         hypergradient(problem, hypergrad.unrolled(), w, o, num_steps=0, inner_tx=optax.sgd(0.1))
 

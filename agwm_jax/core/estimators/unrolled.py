@@ -53,9 +53,9 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize", states: in
         num_steps: k; all steps of the look-ahead by default.
         hvp: how the products are taken, see `agwm_jax.core.curvature.Hvp`.
         states: how many states of the inner optimiser may be kept, for whole trainings of hundreds or thousands of
-            steps; None: all k, and the linearisations of all k. From ``2 sqrt(k)`` on each step is run once more
-            (k fb), from ``L k^(1/L)`` on L - 1 times more, down to ``2 log2 k``; then one linearisation is kept at a
-            time. The same hypergradient.
+            steps; None: all k, and the linearisations of all k. Else one linearisation is kept at a time, and each
+            step is evaluated again: once from k states on, twice from ``2 sqrt(k)`` on, L times from ``L k^(1/L)`` on
+            (1 fb each), down to ``2 log2 k`` states. The same hypergradient.
 
     Raises:
         AgwmError: `num_steps` below 1, or at the first trace more than the look-ahead has; fewer `states` than are
@@ -127,7 +127,7 @@ def unrolled(*, num_steps: int | None = None, hvp: Hvp = "linearize", states: in
             loss = jax.eval_shape(plain, inner, 0)[1]
             start = inner, jnp.zeros(loss.shape, loss.dtype)
             (after, sum_), kept = reverse.run(plain_summing, start, count, states)
-            mean = (sum_ / count)[None].repeat(count)
+            mean = jnp.full(count, sum_ / count)
 
             def back(adjoint):
                 return reverse.back(plain_summing, through, kept, adjoint, count, states)
